@@ -1,0 +1,117 @@
+"""What a transformer looks like, as plain numbers and names."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+NormPlacement = Literal["pre", "post"]
+Norm = Literal["layernorm", "rmsnorm"]
+Activation = Literal["gelu", "relu", "swiglu"]
+Positions = Literal["learned", "sinusoidal", "rotary"]
+Init = Literal["xavier", "kaiming", "normal", "gpt2"]
+
+_CHOICES = {
+    "norm_placement": NormPlacement,
+    "norm": Norm,
+    "activation": Activation,
+    "positions": Positions,
+    "init": Init,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Shape and choices of a transformer.
+
+    Args:
+        vocab_size: Number of token ids. Under the command line it comes from the data.
+        max_length: Longest sequence the model accepts, in tokens.
+        d_model: Width of the residual stream.
+        n_layers: Number of blocks.
+        n_heads: Attention heads; must divide ``d_model``.
+        d_ff: Width of the feed-forward layer. By default ``4 * d_model``, for ``swiglu`` ``8/3 * d_model`` rounded up
+            to a multiple of 64, which has the same number of parameters (Shazeer 2020).
+        norm_placement: Where the norm stands in a block, see :mod:`lit_transformer.nn.residual`.
+        norm: ``layernorm`` (Ba et al. 2016) or ``rmsnorm`` (Zhang and Sennrich 2019).
+        norm_eps: Added to the variance inside the norm.
+        activation: Nonlinearity of the feed-forward layer, see :mod:`lit_transformer.nn.feed_forward`.
+        positions: How a token learns its place, see :mod:`lit_transformer.nn.positions`.
+        bias: Whether linear layers and LayerNorm have a bias.
+        tie_embeddings: Whether the output layer shares the token embedding (Press and Wolf 2017).
+        init: Initialisation, see the table in :mod:`lit_transformer.nn.init`.
+        attention_dropout: Dropout on the attention weights.
+        ffn_dropout: Dropout after the activation of the feed-forward layer.
+        residual_dropout: Dropout on the output of every sub-layer, before it joins the residual stream.
+        embedding_dropout: Dropout on the sum of token and position embeddings.
+
+    Raises:
+        ValueError: If a value is out of range, or two of them do not fit together; both are named.
+
+    Example:
+        >>> TransformerConfig(d_model=64, n_heads=4).head_dim
+        16
+        >>> TransformerConfig(d_model=64, n_heads=5)
+        Traceback (most recent call last):
+        ValueError: d_model must be divisible by n_heads, got d_model=64 and n_heads=5; use n_heads=4 or d_model=65
+    """
+
+    vocab_size: int = 256
+    max_length: int = 256
+    d_model: int = 256
+    n_layers: int = 4
+    n_heads: int = 4
+    d_ff: int | None = None
+    norm_placement: NormPlacement = "pre"
+    norm: Norm = "layernorm"
+    norm_eps: float = 1e-5
+    activation: Activation = "gelu"
+    positions: Positions = "learned"
+    bias: bool = True
+    tie_embeddings: bool = True
+    init: Init = "gpt2"
+    attention_dropout: float = 0.1
+    ffn_dropout: float = 0.1
+    residual_dropout: float = 0.1
+    embedding_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "max_length", "d_model", "n_layers", "n_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.d_ff is not None and self.d_ff < 1:
+            raise ValueError(f"d_ff must be at least 1, got {self.d_ff}; leave it out for the usual width")
+        if self.norm_eps <= 0:
+            raise ValueError(f"norm_eps must be above 0, got {self.norm_eps}")
+        for name in ("attention_dropout", "ffn_dropout", "residual_dropout", "embedding_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}")
+        if self.d_model % self.n_heads:
+            fitting = max(h for h in range(1, self.n_heads + 1) if self.d_model % h == 0)
+            rounded = self.d_model + self.n_heads - self.d_model % self.n_heads
+            raise ValueError(
+                f"d_model must be divisible by n_heads, got d_model={self.d_model} and n_heads={self.n_heads}; "
+                f"use n_heads={fitting} or d_model={rounded}"
+            )
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise ValueError(
+                f"rotary positions turn pairs of features, so d_model / n_heads must be even, got {self.d_model} / "
+                f"{self.n_heads} = {self.head_dim}"
+            )
+        if self.positions == "sinusoidal" and self.d_model % 2:
+            raise ValueError(f"sinusoidal positions need an even d_model, got {self.d_model}")
+
+    @property
+    def head_dim(self) -> int:
+        """Features per attention head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def ffn_width(self) -> int:
+        """``d_ff``, or its default."""
+        if self.d_ff is not None:
+            return self.d_ff
+        if self.activation == "swiglu":
+            return -(-8 * self.d_model // (3 * 64)) * 64
+        return 4 * self.d_model

@@ -1,0 +1,103 @@
+"""Tokens a second from a memory-mapped array: our training loader, a plain DataLoader, and nanoGPT's get_batch.
+
+All sides run in turn in one process, without workers, and are measured in CPU time of the process.
+
+    python benchmarks/data.py
+"""
+
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lit_transformer.data.loader import Blocks, TrainingLoader
+from lit_transformer.data.order import SampleStream
+
+TOKENS, BLOCK, ROUNDS, BATCHES = 20_000_000, 256, 9, 200
+
+
+class MapStyle(Dataset[tuple[Tensor, Tensor]]):
+    """One block at a time, collated by the DataLoader."""
+
+    def __init__(self, path: Path) -> None:
+        self.tokens = np.memmap(path.with_suffix(".bin"), dtype=np.uint16, mode="r")
+
+    def __len__(self) -> int:
+        return (len(self.tokens) - 1) // BLOCK
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        block = torch.from_numpy(self.tokens[i * BLOCK : (i + 1) * BLOCK + 1].astype(np.int64))
+        return block[:-1], block[1:]
+
+
+def ours(path: Path, batch_size: int) -> Iterator[object]:
+    """The training loader, epoch after epoch."""
+    blocks = Blocks(path, BLOCK)
+    loader = TrainingLoader(blocks, SampleStream(seed=0, n=len(blocks)), batch_size)
+    while True:
+        yield from loader
+
+
+def plain(path: Path, batch_size: int) -> Iterator[object]:
+    """A shuffling DataLoader."""
+    while True:
+        yield from DataLoader(MapStyle(path), batch_size=batch_size, shuffle=True)
+
+
+def get_batch(path: Path, batch_size: int) -> Iterator[object]:
+    """The loop of nanoGPT's train.py: the file opened for each batch, random crops stacked."""
+    while True:
+        tokens = np.memmap(path.with_suffix(".bin"), dtype=np.uint16, mode="r")
+        starts = torch.randint(len(tokens) - BLOCK, (batch_size,))
+        x = torch.stack([torch.from_numpy(tokens[i : i + BLOCK].astype(np.int64)) for i in starts])
+        y = torch.stack([torch.from_numpy(tokens[i + 1 : i + 1 + BLOCK].astype(np.int64)) for i in starts])
+        yield x, y
+
+
+SIDES: dict[str, Callable[[Path, int], Iterator[object]]] = {
+    "lit_transformer": ours,
+    "DataLoader": plain,
+    "get_batch": get_batch,
+}
+
+
+def measure(path: Path, batch_size: int) -> dict[str, float]:
+    """Return the median tokens per CPU second of each side."""
+    running = {name: side(path, batch_size) for name, side in SIDES.items()}
+    rates: dict[str, list[float]] = {name: [] for name in SIDES}
+    for _ in range(1 + ROUNDS):
+        for name, batches in running.items():
+            start = time.process_time()
+            for _ in range(BATCHES):
+                next(batches)
+            rates[name].append(BATCHES * batch_size * BLOCK / (time.process_time() - start))
+    return {name: statistics.median(values[1:]) for name, values in rates.items()}
+
+
+def main() -> None:
+    """Print the table."""
+    torch.set_num_threads(1)
+    print(f"{platform.machine()}, {platform.system()}, torch {torch.__version__}, one thread, {TOKENS:,} uint16 tokens")
+    print(f"{'batch':>18}" + "".join(f"{name:>18}" for name in SIDES) + f"{'x DataLoader':>18}{'x get_batch':>18}")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "tokens.npy")
+        tokens = np.random.default_rng(0).integers(0, 50_000, TOKENS).astype(np.uint16)
+        np.save(path, tokens)
+        tokens.tofile(path.with_suffix(".bin"))
+        for batch_size in (8, 32):
+            rates = measure(path, batch_size)
+            us, loader, crops = rates.values()
+            ratios = [f"{us / loader:.1f}", f"{us / crops:.1f}"]
+            cells = [f"{rate / 1e6:.0f} Mtok/s" for rate in rates.values()] + ratios
+            print(f"{f'{batch_size} x {BLOCK}':>18}" + "".join(f"{cell:>18}" for cell in cells))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The command line: ``python cli.py fit|validate|test|predict|generate …``."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lit_transformer.errors import UsageError
+
+_OVERVIEW = """usage: {program} COMMAND [--config FILE] [--KEY VALUE ...]
+
+Train transformers that do not blow up.
+
+  fit        train; without --config, what configs/default.yaml says
+  validate   evaluate a checkpoint on the validation text
+  test       evaluate a checkpoint on the test text
+  predict    score every block of the test text, into predictions.csv
+  generate   write text from a prompt
+
+{program} COMMAND --help lists the settings of a command; fit --print_config prints them all with their values.
+--config takes a file, or the name of a shipped one ({names}); more than one are merged, flags win.
+"""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a command; errors that a person can fix are one paragraph and exit code 2, Ctrl-C is exit code 130.
+
+    Args:
+        args: The words after the program's name; those of the process by default.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    try:
+        _run(words)
+    except UsageError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _run(words: list[str]) -> None:
+    from lit_transformer.run.config_files import shipped_configs
+
+    if not words or words[0] in ("-h", "--help"):
+        names = ", ".join(path.stem for path in shipped_configs())
+        print(_OVERVIEW.format(program=_program(), names=names))
+    elif words[0] == "generate":
+        from lit_transformer.commands.generate import main as generate
+
+        generate(words[1:])
+    else:
+        from lit_transformer.commands.training import run_training_command
+
+        run_training_command(words)
+
+
+def _program() -> str:
+    name = Path(sys.argv[0]).name
+    return f"python {name}" if name.endswith(".py") else name

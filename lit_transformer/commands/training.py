@@ -1,0 +1,221 @@
+"""fit, validate, test and predict: a LightningCLI with run folders, default callbacks and one-paragraph errors."""
+
+import logging
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+import lit_callbacks
+from lit_transformer.errors import UsageError
+from lit_transformer.module import LitTransformer
+from lit_transformer.run.config_errors import explain
+from lit_transformer.run.config_files import with_config
+from lit_transformer.run.folder import RunFolder
+from lit_transformer.run.last_checkpoint import LastCheckpoint
+from lit_transformer.run.loggers import make_loggers
+from lit_transformer.run.precision import choose_precision
+from lit_transformer.run.predictions import PredictionsFile
+from lit_transformer.run.progress import RunProgress
+from lit_transformer.run.report import FitReport, resume_command
+from lit_transformer.run.resume import check_same_configuration, load_checkpoint
+from lit_transformer.run.saved_config import SavedConfig
+
+# A callback's top-level key: NonFiniteGuard is non_finite_guard.
+_DEFAULT_CALLBACKS = {
+    re.sub(r"(?<!^)(?=[A-Z])", "_", type(callback).__name__).lower(): type(callback)
+    for callback in lit_callbacks.recommended()
+}
+
+
+class OneParagraphParser(LightningArgumentParser):
+    """Errors as one sentence with the nearest right name, instead of pages of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise what the command line prints."""
+        raise UsageError(explain(message, [action.dest for action in self._actions])) from ex
+
+
+class TrainingCLI(LightningCLI):
+    """Model, data, trainer, default callbacks and run folder from one configuration.
+
+    The callbacks of :func:`lit_callbacks.recommended` are top-level keys, so that a configuration can set or, with
+    null, leave out each of them without repeating the others.
+    """
+
+    def __init__(self, words: list[str]) -> None:
+        self.command = words[0]
+        self.run: RunFolder | None = None
+        self.checkpoint: dict[str, Any] | None = None
+        super().__init__(
+            LitTransformer,
+            LightningDataModule,
+            save_config_callback=None,
+            parser_class=OneParagraphParser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=with_config(words),
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The one that is run: making the parsers of all four takes a second longer."""
+        return {self.command: LightningCLI.subcommands()[self.command]}
+
+    @property
+    def settings(self) -> Namespace:
+        """The configuration of this command."""
+        settings: Namespace = self.config[self.subcommand]
+        return settings
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The keys beside trainer, model and data."""
+        parser.link_arguments("data.vocab_size", "model.init_args.config.vocab_size", apply_on="instantiate")
+        add = parser.add_argument
+        add("--run", type=str | None, default=None, help="Name of the run, made up from the time if null.")
+        add("--wandb", type=bool, default=False, help="Log to W&B as well, offline without a key.")
+        add("--tensorboard", type=bool, default=False, help="Log to TensorBoard as well.")
+        add("--checkpoint_every_n_steps", type=int, default=500, help="Optimizer steps between periodic checkpoints.")
+        add("--allow_config_change", type=bool, default=False, help="Go on from a checkpoint of other settings.")
+        for key, callback in _DEFAULT_CALLBACKS.items():
+            default = {"class_path": f"lit_callbacks.{callback.__name__}"}
+            add(f"--{key}", type=callback | None, default=default, help="On by default; null leaves it out.")
+
+    def _parse_ckpt_path(self) -> None:
+        """Not Lightning's way, which merges a checkpoint's hyperparameters over the configuration and the flags."""
+
+    def before_instantiate_classes(self) -> None:
+        """Settle precision and checkpoint before anything is built."""
+        settings = self.settings
+        if settings.checkpoint_every_n_steps < 1:
+            raise UsageError(f"checkpoint_every_n_steps must be at least 1, got {settings.checkpoint_every_n_steps}")
+        self.precision_reason = "as configured"
+        if settings.trainer.precision is None:
+            settings.trainer.precision, self.precision_reason = choose_precision(settings.trainer.accelerator)
+        self.root = Path(settings.trainer.default_root_dir or "runs")
+        if settings.ckpt_path in ("last", "best"):
+            self.run = RunFolder.resume(self.root, settings.run)
+            last = settings.ckpt_path == "last"
+            settings.ckpt_path = str(self.run.last_checkpoint() if last else self.run.best_checkpoint())
+        elif settings.ckpt_path is None and self.subcommand != "fit":
+            raise UsageError(
+                f"{self.subcommand} needs a checkpoint: --ckpt_path FILE, or --ckpt_path best with --run NAME"
+            )
+        if settings.ckpt_path is not None:
+            self.checkpoint = load_checkpoint(Path(settings.ckpt_path))
+
+    def instantiate_classes(self) -> None:
+        """Build data, model and trainer; what a constructor refuses is the user's to fix."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, MisconfigurationException) as error:
+            if self.run is not None:
+                self.run.remove_if_empty()
+            raise error if isinstance(error, UsageError) else UsageError(explain(str(error))) from error
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except MisconfigurationException as error:
+            raise UsageError(str(error)) from error
+        except SystemExit:
+            if not self.trainer.interrupted:
+                raise
+            if self.run is not None and subcommand == "fit":
+                print(f"Stopped at step {self.trainer.global_step}. To go on:\n  {resume_command(self.run, self.root)}")
+            raise KeyboardInterrupt from None
+        finally:
+            if self.run is not None:
+                self.run.remove_if_empty()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer with the default callbacks and, for fit, a run folder."""
+        if self.checkpoint is not None and not self.settings.allow_config_change:
+            check_same_configuration(self.checkpoint, self._get(self.config_init, "model"), self.settings.ckpt_path)
+        trainer = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        callbacks = [self._get(self.config_init, key) for key in _DEFAULT_CALLBACKS]
+        callbacks = [callback for callback in callbacks if callback is not None]
+        own_bar = any(isinstance(callback, ProgressBar) for callback in trainer["callbacks"] or [])
+        if trainer["enable_progress_bar"] is not False and not own_bar:
+            callbacks.append(RunProgress())
+        if self.subcommand == "fit" and not trainer["fast_dev_run"]:
+            callbacks += self._prepare_run(trainer)
+        else:
+            trainer["logger"] = trainer["logger"] or False
+        if self.subcommand == "predict":
+            folder = self.root if self.run is None else self.run.path
+            callbacks.append(PredictionsFile(folder / "predictions.csv"))
+        return self._instantiate_trainer(trainer, callbacks)
+
+    def _prepare_run(self, trainer: dict[str, Any]) -> list[Callback]:
+        """Make or reopen the run folder, and point everything that writes at it."""
+        settings = self.settings
+        self.run = run = self.run or RunFolder.create(self.root, settings.run)
+        resumed_at = None if self.checkpoint is None else int(self.checkpoint["global_step"])
+        trainer["default_root_dir"] = str(run.path)
+        trainer["logger"] = make_loggers(run, resumed_at, settings.wandb, settings.tensorboard, trainer["logger"])
+        dumped = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, format="yaml"))[self.subcommand]
+        self.report = FitReport(run, f"{settings.trainer.precision} ({self.precision_reason})")
+        callbacks: list[Callback] = [LearningRateMonitor(), self.report, SavedConfig(run, dumped)]
+        if trainer["enable_checkpointing"] is False:
+            return callbacks
+        periodic = ModelCheckpoint(
+            run.checkpoints,
+            filename="{step}",
+            monitor="step",
+            mode="max",
+            save_top_k=2,
+            save_last=True,
+            every_n_train_steps=settings.checkpoint_every_n_steps,
+        )
+        callbacks += [LastCheckpoint(run.checkpoints / "last.ckpt"), periodic]
+        if trainer["limit_val_batches"] != 0:
+            callbacks.append(ModelCheckpoint(run.checkpoints, filename="best-{step}", monitor="val/loss"))
+        return callbacks
+
+    def after_fit(self) -> None:
+        """Say where everything is."""
+        if self.run is None or not self.trainer.is_global_zero:
+            return
+        if self.checkpoint is not None and self.trainer.global_step == self.checkpoint["global_step"]:
+            print(f"The run is at step {self.trainer.global_step} already; to go on, raise --trainer.max_steps.")
+        self.report.print_places()
+
+
+def run_training_command(words: list[str]) -> None:
+    """Run ``fit``, ``validate``, ``test`` or ``predict``.
+
+    Raises:
+        UsageError: For anything wrong in the words, the configuration or the files they name.
+    """
+    _quieten()
+    if words[0] not in LightningCLI.subcommands():
+        commands = ", ".join([*LightningCLI.subcommands(), "generate"])
+        raise UsageError(f"unknown command {words[0]}; the commands are {commands}")
+    program, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns when it gets arguments and the process has some
+    try:
+        TrainingCLI(words)
+    finally:
+        sys.argv = program
+
+
+def _quieten() -> None:
+    """Leave out what Lightning says to everybody and nobody here can act on."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not record.getMessage().startswith(("💡", "GPU available", "TPU available", "HPU available"))
+    )
+    warnings.filterwarnings("ignore", message="The '.*' does not have many workers")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")

@@ -1,0 +1,139 @@
+"""What every data module here shares: a place in the training data that is saved, restored and moved."""
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Any
+from weakref import WeakSet
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+
+from lit_transformer.data.loader import Batch, Blocks, EvaluationLoader, TrainingLoader
+from lit_transformer.data.order import SampleStream
+from lit_transformer.errors import UsageError
+
+
+class ResumableData(LightningDataModule):
+    """A data module whose training samples come from one endless stream.
+
+    A subclass ends every ``setup`` with :meth:`_stream_over`, and makes its loaders with :meth:`_training_loader` and
+    :meth:`_evaluation_loader`; its hyperparameters include the loader options ``num_workers``, ``prefetch_factor``,
+    ``persistent_workers`` and ``pin_memory``.
+
+    Args:
+        batch_size: Samples in a batch of one device.
+        seed: Seed of the sample order.
+
+    State: the position in the stream, the excluded samples, and what these refer to. The loader that Lightning sees
+    saves the same position from the same place.
+    """
+
+    def __init__(self, batch_size: int, seed: int) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self._stream = SampleStream(seed)
+        self._loaded: dict[str, Any] | None = None
+        self._loaders: WeakSet[TrainingLoader | EvaluationLoader] = WeakSet()
+
+    @abstractmethod
+    def _meaning(self) -> dict[str, Any]:
+        """Return what a position and sample ids refer to, as plain types; after setup."""
+
+    def batches_per_epoch(self, world_size: int = 1) -> int:
+        """Return the length of the training loader for a number of devices that see different data; after setup."""
+        self._require_setup()
+        return self._stream.batches_per_epoch(self.batch_size * world_size)
+
+    def sample_ids(self, batch: Batch) -> list[int]:
+        """Return which training samples a batch is made of."""
+        ids: list[int] = batch["sample_ids"].tolist()
+        return ids
+
+    def position(self) -> int:
+        """Return how many samples of the stream all ranks together have passed over."""
+        return self._stream.position
+
+    def skip(self, n: int) -> None:
+        """Pass over the next ``n`` samples of the stream, from the next batch on. To be called on every rank alike."""
+        self._stream.skip(n)
+
+    def exclude(self, ids: Iterable[int]) -> None:
+        """Never draw these samples again, from the next batch on. To be called on every rank alike; after setup."""
+        self._require_setup()
+        self._stream.exclude(ids)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in the stream, the excluded samples, and what they refer to, as plain types."""
+        self._require_setup()
+        return self._stream.state_dict() | self._meaning()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue a saved stream, before or after setup.
+
+        Raises:
+            UsageError: If the state is of other data, or of data read in another way; before setup, at setup.
+        """
+        if self._is_evaluating():
+            return  # a checkpoint may be evaluated on other data, and there is no stream to continue
+        if self._stream.n:
+            self._check_meaning(state_dict)
+        self._loaded = state_dict
+        self._stream.load_state_dict(state_dict)
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Stop persistent workers."""
+        for loader in self._loaders:
+            loader.close()
+
+    def _require_setup(self) -> None:
+        if not self._stream.n:
+            raise UsageError("the data has not been read yet: call setup() first, or pass the data module to a Trainer")
+
+    def _stream_over(self, n: int) -> None:
+        """Say how many training samples there are."""
+        self._stream.n = n
+        if self._loaded is not None:
+            self._check_meaning(self._loaded)
+
+    def _check_meaning(self, state: dict[str, Any]) -> None:
+        for name, present in self._meaning().items():
+            if (saved := state[name]) != present:
+                raise UsageError(
+                    f"the checkpoint's place in the data is for {name}={saved!s:.64}, this data module has "
+                    f"{name}={present!s:.64}: the same place would be other samples. Resume with the data settings of "
+                    "the checkpoint, or start a new run from its weights alone."
+                )
+
+    def _is_evaluating(self) -> bool:
+        if self.trainer is None:
+            return False
+        state = self.trainer.state
+        return state.status == TrainerStatus.RUNNING and state.fn != TrainerFn.FITTING
+
+    def _training_loader(self, blocks: Blocks) -> TrainingLoader | EvaluationLoader:
+        """Return the loader that continues the stream; with ``overfit_batches`` one that repeats its first batches."""
+        self._require_setup()
+        if getattr(self.trainer, "overfit_batches", 0):
+            return self._evaluation_loader(blocks)
+        loader = TrainingLoader(
+            blocks, self._stream, self.batch_size, *self._rank_and_world_size(), **self._loader_options()
+        )
+        self._loaders.add(loader)
+        return loader
+
+    def _evaluation_loader(self, blocks: Blocks) -> EvaluationLoader:
+        loader = EvaluationLoader(blocks, self.batch_size, *self._rank_and_world_size(), **self._loader_options())
+        self._loaders.add(loader)
+        return loader
+
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        """Return which part of the data is this process's; tensor-parallel processes share one."""
+        sampler = self.trainer and self.trainer.distributed_sampler_kwargs
+        return (sampler["rank"], sampler["num_replicas"]) if sampler else (0, 1)
+
+    def _loader_options(self) -> dict[str, Any]:
+        pin = self.hparams["pin_memory"]
+        if pin is None:
+            pin = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        names = ("num_workers", "prefetch_factor", "persistent_workers")
+        return {name: self.hparams[name] for name in names} | {"pin_memory": pin}

@@ -1,0 +1,111 @@
+"""A run has a folder: configuration, metrics, events, checkpoints, figures."""
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+from lit_transformer.errors import UsageError
+
+# Processes that Lightning launches for further devices inherit the name that the first one made up.
+_NAME_FOR_CHILDREN = "LIT_TRANSFORMER_RUN"
+
+
+class RunFolder:
+    """The folder of one run, ``<root>/<name>``.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.csv"
+        self.checkpoints = path / "checkpoints"
+        self.wandb_id = path / "wandb_id.txt"
+
+    @classmethod
+    def create(cls, root: Path, name: str | None) -> "RunFolder":
+        """Make the folder of a new run; without a name it is called after the time.
+
+        Raises:
+            UsageError: If a run of that name exists, or the folder cannot be written.
+        """
+        inherited = os.environ.get(_NAME_FOR_CHILDREN)
+        if inherited is not None and "LOCAL_RANK" in os.environ:
+            return cls(Path(inherited))
+        if name is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UsageError(
+                "a run that is launched as several processes needs one name for all of them; add --run NAME"
+            )
+        path = _free_path(root) if name is None else root / name
+        first_process = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+        if first_process and (path / "config.yaml").exists():
+            raise UsageError(
+                f"there is a run in {path} already; choose another --run NAME, or go on with it by "
+                f"--run {path.name} --ckpt_path last"
+            )
+        try:
+            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            probe = path / f".writable-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UsageError(
+                f"cannot write the run folder {path}: {error.strerror}; choose another place with "
+                "--trainer.default_root_dir FOLDER"
+            ) from None
+        os.environ[_NAME_FOR_CHILDREN] = str(path)
+        return cls(path)
+
+    @classmethod
+    def resume(cls, root: Path, name: str | None) -> "RunFolder":
+        """The folder of an existing run; without a name, of the one whose checkpoint was written last.
+
+        Raises:
+            UsageError: If there is no such run, or it has no checkpoint.
+        """
+        if name is not None:
+            run = cls(root / name)
+            if not run.path.is_dir():
+                raise UsageError(f"there is no run to resume in {run.path}; {_existing(root)}")
+            run.last_checkpoint()
+            return run
+        files = [*root.glob("*/checkpoints/last.ckpt")]
+        if not files:
+            raise UsageError(f"--ckpt_path last has nothing to resume: no run under {root} has a checkpoint")
+        return cls(max(files, key=lambda file: file.stat().st_mtime_ns).parent.parent)
+
+    def remove_if_empty(self) -> None:
+        """Leave nothing behind of a run that never started."""
+        with contextlib.suppress(OSError):
+            self.checkpoints.rmdir()
+            self.path.rmdir()
+
+    def last_checkpoint(self) -> Path:
+        """The checkpoint a resume starts from."""
+        return self._checkpoint("last.ckpt")
+
+    def best_checkpoint(self) -> Path:
+        """The checkpoint with the lowest validation loss."""
+        return self._checkpoint("best*.ckpt")
+
+    def _checkpoint(self, pattern: str) -> Path:
+        found = sorted(self.checkpoints.glob(pattern), key=lambda file: file.stat().st_mtime_ns)
+        if not found:
+            raise UsageError(
+                f"the run in {self.path} has no checkpoint {pattern}; it may have ended before its first one"
+            )
+        return found[-1]
+
+
+def _free_path(root: Path) -> Path:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    names = [stamp, *(f"{stamp}-{i}" for i in range(2, 1000))]
+    return next(root / name for name in names if not (root / name).exists())
+
+
+def _existing(root: Path) -> str:
+    runs = sorted(path.parent.name for path in root.glob("*/checkpoints"))
+    return f"the runs there are {', '.join(runs[-5:])}" if runs else f"there are no runs under {root}"

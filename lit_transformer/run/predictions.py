@@ -1,0 +1,37 @@
+"""Predictions as a file."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class PredictionsFile(Callback):
+    """Write what ``predict_step`` returns, a dict of tensors with one entry per sample, as CSV.
+
+    Args:
+        path: The file; further ranks write ``<name>-rank<n>.csv``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start the file anew."""
+        if trainer.global_rank > 0:
+            self.path = self.path.with_stem(f"{self.path.stem}-rank{trainer.global_rank}")
+        self.path.unlink(missing_ok=True)
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        """Append the rows of a batch."""
+        new = not self.path.exists()
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(outputs)
+            writer.writerows(zip(*(values.tolist() for values in outputs.values()), strict=True))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where it is."""
+        print(f"Predictions: {self.path}")

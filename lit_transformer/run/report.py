@@ -1,0 +1,96 @@
+"""What a person wants to read before and after training."""
+
+import time
+from itertools import islice
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_transformer.nn import generate
+from lit_transformer.run.folder import RunFolder
+from lit_transformer.tasks import LitCausalLM
+
+_SAMPLE_TOKENS = 200
+_SAMPLE_PROMPT = "def "
+
+
+class FitReport(Callback):
+    """Print what will be trained on what, and at the end how it went, a sample, and where everything is.
+
+    Args:
+        run: The run's folder.
+        precision: The precision and why, for the first lines.
+    """
+
+    def __init__(self, run: RunFolder, precision: str) -> None:
+        self.run, self.precision = run, precision
+        self._started = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The first lines."""
+        self._started = time.monotonic()
+        if not trainer.is_global_zero:
+            return
+        parameters = sum(p.numel() for p in pl_module.parameters())
+        print(f"Model: {type(pl_module).__name__}, {parameters:,} parameters, {self._shape(pl_module)}")
+        describe = getattr(trainer.datamodule, "describe", None)  # type: ignore[attr-defined]
+        if describe is not None:
+            print(f"Data: {describe()}")
+        print(f"Precision: {self.precision}")
+        print(f"Run folder: {self.run.path}", flush=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The last lines."""
+        if not trainer.is_global_zero or trainer.interrupted:
+            return
+        minutes, seconds = divmod(round(time.monotonic() - self._started), 60)
+        print(f"\nTrained to step {trainer.global_step} in {minutes} min {seconds:02d} s.")
+        metrics = trainer.callback_metrics
+        names = {"loss": "nats per token", "bits_per_byte": "bits per byte", "accuracy": "of tokens predicted right"}
+        shown = [f"{float(metrics[f'val/{k}']):.4f} {unit}" for k, unit in names.items() if f"val/{k}" in metrics]
+        if shown:
+            print(f"Validation: {', '.join(shown)}.")
+        self._print_sample(trainer, pl_module)
+
+    def print_places(self) -> None:
+        """Where everything is; called when the last checkpoint has been written."""
+        print(f"\nIn {self.run.path}:")
+        contents = {
+            "checkpoints/last.ckpt": "go on from here",
+            "checkpoints/best*.ckpt": "lowest validation loss",
+            "metrics.csv": "every logged number",
+            "figures/*.png": "pictures",
+            "events.jsonl": "what the callbacks did",
+            "config.yaml": "the whole configuration",
+        }
+        for pattern, meaning in contents.items():
+            for path in sorted(self.run.path.glob(pattern)):
+                print(f"  {path.relative_to(self.run.path)!s:<40} {meaning}")
+
+    def _print_sample(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+        if not isinstance(pl_module, LitCausalLM) or tokenizer is None:
+            return
+        pl_module.eval()
+        prompt = tokenizer.encode(_SAMPLE_PROMPT).tolist()
+        tokens = list(
+            islice(generate(pl_module.model, prompt, _SAMPLE_TOKENS, temperature=0.8, top_k=50), _SAMPLE_TOKENS)
+        )
+        pl_module.train()
+        print(f"A sample:\n\n{tokenizer.decode([*prompt, *tokens])}")
+
+    @staticmethod
+    def _shape(pl_module: LightningModule) -> str:
+        config = getattr(pl_module, "config", None)
+        if config is None:
+            return "of its own kind"
+        return (
+            f"{config.n_layers} layers x {config.d_model}, {config.n_heads} heads, {config.norm_placement}-norm, "
+            f"{config.positions} positions"
+        )
+
+
+def resume_command(run: RunFolder, root: Path) -> str:
+    """The command line that goes on with a run."""
+    folder = "" if root == Path("runs") else f" --trainer.default_root_dir {root}"
+    return f"python cli.py fit --run {run.path.name}{folder} --ckpt_path last"

@@ -1,0 +1,5 @@
+"""One LightningModule per task."""
+
+from lit_transformer.tasks.causal_lm import LitCausalLM
+
+__all__ = ["LitCausalLM"]

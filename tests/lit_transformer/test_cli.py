@@ -1,0 +1,381 @@
+"""The command line as a person uses it: what it does, what it prints, what it leaves in the run folder."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lit_transformer.cli import main
+from lit_transformer.run.metrics_file import read_metrics
+
+REPOSITORY = Path(__file__).parents[2]
+
+CONFIG = {
+    "seed_everything": 3,
+    "trainer": {
+        "max_steps": 20,
+        "val_check_interval": 10,
+        "limit_val_batches": 2,
+        "log_every_n_steps": 2,
+        "num_sanity_val_steps": 0,
+        "enable_model_summary": False,
+        "precision": "32-true",
+        "accelerator": "cpu",
+        "gradient_clip_val": 1.0,
+    },
+    "checkpoint_every_n_steps": 8,
+    "model": {
+        "class_path": "lit_transformer.LitCausalLM",
+        "init_args": {
+            "config": {"d_model": 16, "n_layers": 1, "n_heads": 2, "max_length": 32},
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+        },
+    },
+    "data": {
+        "class_path": "lit_transformer.LanguageModelingData",
+        "init_args": {"files": "text.txt", "block_size": 32, "batch_size": 4, "cache_dir": "cache"},
+    },
+}
+
+
+class Outcome:
+    def __init__(self, code, out, error):
+        self.code, self.out, self.error = code, out, error
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    """Run a command in an empty folder that holds config.yaml and text.txt."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LIT_TRANSFORMER_RUN", raising=False)
+    Path("config.yaml").write_text(yaml.safe_dump(CONFIG))
+    Path("text.txt").write_text("".join(f"the {i}th line of a text, which is long enough\n" for i in range(500)))
+
+    def call(*words):
+        capsys.readouterr()
+        code = 0
+        try:
+            main([str(word) for word in words])
+        except SystemExit as exit_:
+            code = exit_.code
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return call
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def test_overview_names_every_command(cli):
+    out = cli("--help").out
+    for command in ("fit", "validate", "test", "predict", "generate"):
+        assert f"  {command} " in out
+    assert cli().out == out
+
+
+def test_a_run_leaves_everything_in_its_folder_and_says_where(cli):
+    outcome = cli("fit", "--config", "config.yaml", "--run", "a")
+    assert outcome.code == 0
+    run = Path("runs/a")
+    for name in ("config.yaml", "metrics.csv", "checkpoints/last.ckpt", "figures/loss_curve.png"):
+        assert (run / name).is_file(), name
+    for name in ("metrics.csv", "checkpoints/last.ckpt", "checkpoints/best-", "figures/loss_curve.png"):
+        assert name in outcome.out, name
+    assert {p.name for p in (run / "checkpoints").iterdir()} >= {"last.ckpt", "step=8.ckpt", "step=16.ckpt"}
+    assert not any(Path().glob("lightning_logs"))
+
+    metrics = read_metrics(run / "metrics.csv")
+    assert [step for step, _ in metrics["train/loss"]] == [1, 3, 5, 7, 9, 11, 13, 15, 17, 19]
+    assert [step for step, _ in metrics["val/loss"]] == [9, 19]
+    assert {"val/perplexity", "val/accuracy", "val/bits_per_byte", "lr/decay", "lr/no_decay"} <= set(metrics)
+    assert metrics["train/loss"][-1][1] < metrics["train/loss"][0][1]
+    assert "Model: LitCausalLM, " in outcome.out
+    assert "Precision: 32-true (as configured)" in outcome.out
+    assert "A sample:" in outcome.out
+    assert "step 20/20  loss" in outcome.out
+    assert "tokens/s" in outcome.out
+
+
+def test_the_saved_configuration_starts_the_same_run_again(cli):
+    cli("fit", "--config", "config.yaml", "--run", "a")
+    cli("fit", "--config", "runs/a/config.yaml", "--run", "b")
+    assert Path("runs/a/config.yaml").read_text() == Path("runs/b/config.yaml").read_text()
+    first, second = weights("runs/a/checkpoints/last.ckpt"), weights("runs/b/checkpoints/last.ckpt")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_same_curve_from_python_and_from_the_command_line(cli):
+    from functools import partial
+
+    from lightning.pytorch import Trainer, seed_everything
+
+    from lit_transformer import LanguageModelingData, LitCausalLM, TransformerConfig
+    from lit_transformer.run.metrics_file import MetricsFile
+
+    cli("fit", "--config", "config.yaml", "--run", "a")
+    seed_everything(3, verbose=False, workers=True)
+    data = LanguageModelingData(files="text.txt", block_size=32, batch_size=4, cache_dir="cache")
+    module = LitCausalLM(
+        TransformerConfig(vocab_size=data.vocab_size, d_model=16, n_layers=1, n_heads=2, max_length=32),
+        partial(torch.optim.AdamW, lr=0.01),
+    )
+    settings = CONFIG["trainer"] | {"enable_progress_bar": False, "enable_checkpointing": False}
+    Trainer(**settings, logger=MetricsFile(Path("python.csv"))).fit(module, data)
+    from_python, from_cli = read_metrics(Path("python.csv")), read_metrics(Path("runs/a/metrics.csv"))
+    assert from_python["train/loss"] == from_cli["train/loss"]
+    assert from_python["val/loss"] == from_cli["val/loss"]
+
+
+def test_without_config_fit_is_the_default_configuration(cli, capsys):
+    default = REPOSITORY / "configs" / "default.yaml"
+    assert cli("fit", "--print_config").out == cli("fit", "--config", default, "--print_config").out
+    assert cli("fit", "--config", "default", "--print_config").out == cli("fit", "--print_config").out
+
+
+def test_resuming_goes_on_in_place_and_equals_the_undisturbed_run(cli):
+    no_dropout = ["--model.init_args.config.attention_dropout=0", "--model.init_args.config.ffn_dropout=0"]
+    no_dropout += ["--model.init_args.config.residual_dropout=0", "--model.init_args.config.embedding_dropout=0"]
+    cli("fit", "--config", "config.yaml", *no_dropout, "--run", "a")
+    cli("fit", "--config", "config.yaml", *no_dropout, "--run", "b")
+    # As after a crash at step 19: the newest checkpoint is that of step 16, metrics.csv knows more.
+    last = Path("runs/b/checkpoints/last.ckpt")
+    last.write_bytes(Path("runs/b/checkpoints/step=16.ckpt").read_bytes())
+    outcome = cli("fit", "--run", "b", "--ckpt_path", "last")
+    assert outcome.code == 0
+    expected, resumed = weights("runs/a/checkpoints/last.ckpt"), weights(last)
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    assert read_metrics(Path("runs/a/metrics.csv")) == read_metrics(Path("runs/b/metrics.csv"))
+    assert [path.name for path in Path("runs").iterdir() if path.name not in "ab"] == []
+
+
+def test_a_finished_run_says_so_and_a_longer_one_goes_on(cli):
+    cli("fit", "--config", "config.yaml", "--run", "a")
+    assert (
+        "The run is at step 20 already; to go on, raise --trainer.max_steps."
+        in cli("fit", "--run", "a", "--ckpt_path", "last").out
+    )
+    outcome = cli("fit", "--run", "a", "--ckpt_path", "last", "--trainer.max_steps", 30)
+    assert "Trained to step 30" in outcome.out
+    assert [step for step, _ in read_metrics(Path("runs/a/metrics.csv"))["train/loss"]] == list(range(1, 31, 2))
+    assert yaml.safe_load(Path("runs/a/config.yaml").read_text())["trainer"]["max_steps"] == 30
+    assert yaml.safe_load(Path("runs/a/config-until-step-20.yaml").read_text())["trainer"]["max_steps"] == 20
+
+
+def test_another_configuration_than_the_checkpoints_needs_a_word(cli):
+    cli("fit", "--config", "config.yaml", "--run", "a")
+    change = ["--model.init_args.optimizer.init_args.lr", "0.005", "--trainer.max_steps", "25"]
+    refused = cli("fit", "--run", "a", "--ckpt_path", "last", *change)
+    assert refused.code == 2
+    assert "optimizer.init_args.lr was 0.01 and is 0.005" in refused.error
+    assert "--allow_config_change true" in refused.error
+    assert cli("fit", "--run", "a", "--ckpt_path", "last", *change, "--allow_config_change", "true").code == 0
+    step, lr = read_metrics(Path("runs/a/metrics.csv"))["lr/decay"][-1]
+    assert (step, lr < 0.005) == (23, True)
+
+
+def test_evaluation_takes_the_checkpoints_configuration_and_flags_win(cli):
+    cli("fit", "--config", "config.yaml", "--run", "a")
+    by_run = cli("validate", "--run", "a", "--ckpt_path", "best", "--trainer.limit_val_batches", 2)
+    assert by_run.code == 0
+    best = min(value for _, value in read_metrics(Path("runs/a/metrics.csv"))["val/loss"])
+    assert f"{best:.5f}" in by_run.out
+    checkpoint = next(Path("runs/a/checkpoints").glob("best*"))
+    moved = checkpoint.rename("somewhere.ckpt")
+    assert "test/loss" in cli("test", "--ckpt_path", moved, "--data.init_args.batch_size", 2).out
+
+
+def test_predict_writes_a_score_per_block(cli):
+    cli("fit", "--config", "config.yaml", "--run", "a")
+    outcome = cli("predict", "--run", "a", "--ckpt_path", "last")
+    assert "Predictions: runs/a/predictions.csv" in outcome.out
+    lines = Path("runs/a/predictions.csv").read_text().splitlines()
+    assert lines[0] == "sample_ids,loss"
+    assert len(lines) > 5
+    assert all(0 < float(line.split(",")[1]) < 10 for line in lines[1:])
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_generate_streams_text_that_the_cache_does_not_change(cli, tokenizer):
+    bpe = ["--data.init_args.tokenizer", tokenizer, "--data.init_args.bpe_vocab_size", "300"]
+    assert cli("fit", "--config", "config.yaml", "--run", "a", *bpe).code == 0
+    words = ["generate", "--run", "a", "--prompt", "the 1", "--max_new_tokens", 60]
+    cached = cli(*words)
+    assert cached.code == 0
+    assert cached.out.startswith("the 1")
+    assert len(cached.out) > 30
+    assert cli(*words, "--use_cache", "false").out == cached.out
+    assert cli(*words, "--seed", "1").out != cached.out
+    last = Path("runs/a/checkpoints/last.ckpt")
+    assert cli("generate", "--ckpt_path", last, "--temperature", 0, "--top_k", 5, "--top_p", 0.9).code == 0
+
+
+def test_default_callbacks_are_top_level_keys(cli):
+    cli("fit", "--config", "config.yaml", "--run", "a", "--gradient_norm_logger.every_n_steps", 5)
+    assert [step for step, _ in read_metrics(Path("runs/a/metrics.csv"))["grad_norm/total"]] == [0, 5, 10, 15]
+    cli("fit", "--config", "config.yaml", "--run", "b", "--gradient_norm_logger", "null", "--loss_curve", "null")
+    assert "grad_norm/total" not in read_metrics(Path("runs/b/metrics.csv"))
+    assert not Path("runs/b/figures").exists()
+
+
+def test_wandb_and_tensorboard_are_one_word_each(cli, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    assert cli("fit", "--config", "config.yaml", "--run", "a", "--wandb", "true", "--tensorboard", "true").code == 0
+    assert any(Path("runs/a/wandb").glob("offline-run-*"))
+    assert any(Path("runs/a/tensorboard").glob("events*"))
+    assert Path("runs/a/wandb_id.txt").read_text()
+
+
+def test_a_run_without_a_name_gets_one(cli):
+    cli("fit", "--config", "config.yaml", "--trainer.max_steps", 1, "--trainer.limit_val_batches", 0)
+    (run,) = Path("runs").iterdir()
+    assert run.name[:2] == "20"
+    assert (run / "config.yaml").exists()
+
+
+MISTAKES = {
+    "unknown config key": (
+        ["--model.init_args.config.d_modle", "32"],
+        "unknown key model.init_args.config.d_modle; did you mean config.d_model",
+    ),
+    "unknown trainer key": (
+        ["--trainer.max_stepz", "3"],
+        "unknown key trainer.max_stepz; did you mean trainer.max_steps",
+    ),
+    "unknown top-level key": (["--wandbb", "true"], "unknown key wandbb; did you mean wandb"),
+    "unknown class": (
+        ["--model", "lit_transformer.LitCasualLM"],
+        "no class lit_transformer.LitCasualLM; did you mean lit_transformer.LitCausalLM",
+    ),
+    "unknown optimizer": (
+        ["--model.init_args.optimizer", "torch.optim.AdamWW"],
+        "no class torch.optim.AdamWW; did you mean torch.optim.AdamW",
+    ),
+    "callbacks folder as a package": (
+        ["--trainer.callbacks+=callbacks.NonFiniteGuard"],
+        "did you mean lit_callbacks.NonFiniteGuard",
+    ),
+    "wrong type": (["--model.init_args.config.n_layers", "two"], "n_layers must be of type int, got two"),
+    "wrong choice": (
+        ["--model.init_args.config.norm_placement", "pree"],
+        "norm_placement must be one of pre, post, got pree",
+    ),
+    "heads that do not divide": (
+        ["--model.init_args.config.d_model", "30", "--model.init_args.config.n_heads", "4"],
+        "d_model must be divisible by n_heads, got d_model=30 and n_heads=4",
+    ),
+    "blocks over max_length": (["--data.init_args.block_size", "64"], "blocks of 64 tokens, but the model takes 32"),
+    "missing corpus": (["--data.init_args.files", "nowhere.txt"], "nowhere.txt"),
+    "empty corpus": (["--data.init_args.files", "empty.txt"], "empty"),
+    "undecodable corpus": (["--data.init_args.files", "latin.txt"], "latin.txt"),
+    "too small corpus": (["--data.init_args.files", "small.txt"], "tokens"),
+    "unknown configuration": (["--config", "defualt"], "there is no configuration file defualt"),
+    "missing checkpoint": (["--ckpt_path", "nowhere.ckpt"], "there is no checkpoint nowhere.ckpt"),
+    "not a checkpoint": (["--ckpt_path", "text.txt"], "text.txt is not a readable checkpoint"),
+    "nothing to resume": (["--ckpt_path", "last"], "nothing to resume"),
+    "no such run": (["--ckpt_path", "last", "--run", "x"], "no run to resume in runs/x"),
+    "warm-up over the run": (
+        ["--model.init_args.schedule.init_args.warmup", "50"],
+        "a warm-up of 50 updates is longer than the run of 20",
+    ),
+    "no such device": (["--trainer.devices", "0"], "devices"),
+    "checkpoint cadence": (["--checkpoint_every_n_steps", "0"], "checkpoint_every_n_steps must be at least 1, got 0"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_paragraph_and_leaves_nothing_behind(cli, mistake):
+    Path("empty.txt").touch()
+    Path("latin.txt").write_bytes("plain and then caf\u00e9 ".encode("latin-1") * 500)
+    Path("small.txt").write_text("too small\n")
+    words, expected = MISTAKES[mistake]
+    outcome = cli("fit", "--config", "config.yaml", *words)
+    assert outcome.code == 2
+    paragraph = outcome.error.strip().split("\n\n")[-1]
+    assert paragraph.startswith("error: ")
+    assert expected in paragraph
+    assert len(paragraph.splitlines()) == 1
+    assert "Traceback" not in outcome.error
+    assert not any(Path().glob("runs/*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["generate"], "generate needs a checkpoint"),
+        (["generate", "--ckpt_path", "nowhere.ckpt"], "there is no checkpoint nowhere.ckpt"),
+        (["generate", "--run", "x"], "no run to resume in runs/x"),
+        (["generate", "--run", "x", "--top_k", "0"], "top_k must be at least 1, got 0"),
+        (["generate", "--run", "x", "--temprature", "1"], "unknown key temprature; did you mean temperature"),
+        (["validate"], "validate needs a checkpoint"),
+        (["fitt"], "unknown command fitt"),
+    ],
+)
+def test_other_commands_explain_themselves_too(cli, words, expected):
+    outcome = cli(*words)
+    assert outcome.code == 2
+    assert expected in outcome.error
+
+
+def test_a_run_is_never_overwritten(cli):
+    cli("fit", "--config", "config.yaml", "--run", "a")
+    before = Path("runs/a/checkpoints/last.ckpt").read_bytes()
+    outcome = cli("fit", "--config", "config.yaml", "--run", "a")
+    assert outcome.code == 2
+    assert "there is a run in runs/a already" in outcome.error
+    assert Path("runs/a/checkpoints/last.ckpt").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_model_is_refused_naming_the_difference(cli):
+    cli("fit", "--config", "config.yaml", "--run", "a")
+    wider = ["--model.init_args.config.d_model", "32", "--run", "b", "--ckpt_path", "runs/a/checkpoints/last.ckpt"]
+    outcome = cli("fit", "--config", "config.yaml", *wider)
+    assert outcome.code == 2
+    assert "config.d_model was 16 and is 32" in outcome.error
+
+
+def test_a_folder_that_cannot_be_written_is_named(cli):
+    Path("runs").write_text("a file where the folder should be")
+    outcome = cli("fit", "--config", "config.yaml")
+    assert outcome.code == 2
+    assert "cannot write the run folder runs/" in outcome.error
+
+
+def start(*words):
+    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'callbacks'}"}
+    return subprocess.Popen(
+        [sys.executable, REPOSITORY / "cli.py", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_leaves_a_usable_checkpoint_and_says_how_to_go_on(cli, workers):
+    words = ["fit", "--config", "config.yaml", "--run", "a", "--trainer.max_steps", 100_000]
+    process = start(*words, "--data.init_args.num_workers", workers)
+    metrics = Path("runs/a/metrics.csv")
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and "val/loss" in metrics.read_text()):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, out
+    assert "Traceback" not in out
+    assert "python cli.py fit --run a --ckpt_path last" in out
+    stopped_at = torch.load("runs/a/checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert f"Stopped at step {stopped_at}." in out
+    goes_on = cli("fit", "--run", "a", "--ckpt_path", "last", "--trainer.max_steps", stopped_at + 3)
+    assert f"Trained to step {stopped_at + 3}" in goes_on.out

@@ -1,0 +1,116 @@
+import pytest
+
+from lit_transformer.data import corpus
+from lit_transformer.data.splits import split_documents
+from lit_transformer.errors import UsageError
+
+HELD_OUT = {"validation": 0.05, "test": 0.05}
+
+
+def size(documents):
+    return sum(map(len, documents.values()))
+
+
+def test_standard_library_is_split_by_file_into_disjoint_parts():
+    documents = corpus.read(corpus.standard_library())
+    splits = split_documents(documents, HELD_OUT)
+    assert sorted(name for part in splits.values() for name in part) == sorted(documents)
+    assert "argparse.py" in documents
+    assert not {"site-packages", "dist-packages", "test", "tests"} & {
+        part for name in documents for part in name.split("/")
+    }
+    assert size(splits["train"]) > 6_000_000
+    assert 400_000 < size(splits["validation"]) < 700_000
+    assert 400_000 < size(splits["test"]) < 700_000
+
+
+def test_python_without_source_asks_for_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with pytest.raises(UsageError, match=r"got no \.py file: .* Pass files="):
+        corpus.standard_library()
+
+
+def test_hash_is_of_names_contents_and_split():
+    splits = {"train": {"a": b"1", "b": b"2"}, "test": {"c": b"3"}}
+    same = {"train": {"a": b"1", "b": b"2"}, "test": {"c": b"3"}}
+    others = [
+        {"train": {"a": b"1", "b": b"3"}, "test": {"c": b"3"}},
+        {"train": {"a": b"1", "x": b"2"}, "test": {"c": b"3"}},
+        {"train": {"a": b"1"}, "test": {"b": b"2", "c": b"3"}},
+    ]
+    assert corpus.content_hash(splits) == corpus.content_hash(same)
+    assert corpus.content_hash(splits) not in map(corpus.content_hash, others)
+
+
+def test_globs_are_sorted_and_each_file_counts_once(tmp_path):
+    for name in ("b.txt", "a.txt", "deep/er/c.txt", "d.md"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    found = corpus.find([str(tmp_path / "**/*.txt"), str(tmp_path / "a.txt")])
+    assert [path.name for path in found] == ["a.txt", "b.txt", "c.txt"]
+    assert list(corpus.read(found)) == ["a.txt", "b.txt", "deep/er/c.txt"]
+
+
+def test_a_relative_glob(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a")
+    monkeypatch.chdir(tmp_path)
+    assert [path.name for path in corpus.find("*.txt")] == ["a.txt"]
+
+
+def test_names_do_not_depend_on_where_the_folder_is(tmp_path):
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "a.txt").write_text("a")
+    here, there = (corpus.read(corpus.find(str(tmp_path / place / "*"))) for place in ("here", "there"))
+    assert here == there
+
+
+def test_paths_that_match_nothing(tmp_path):
+    with pytest.raises(UsageError, match=r"got '.*/missing\.txt'\. Check the spelling"):
+        corpus.find(str(tmp_path / "missing.txt"))
+    with pytest.raises(UsageError, match=r"got '.*/\*\.txt'\. Check the spelling"):
+        corpus.find([str(tmp_path / "*.txt")])
+    with pytest.raises(UsageError, match=r"got the folder .* Write .*/\*\*/\*\.txt"):
+        corpus.find(str(tmp_path))
+    with pytest.raises(UsageError, match="got an empty list"):
+        corpus.find([])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"caf\xe9 au lait", r"got invalid continuation byte at byte 3 of .*bad\.txt"),
+        (b"PK\x03\x00", r"got a zero byte at position 3 of .*bad\.txt: it is binary, or UTF-16"),
+        ("text".encode("utf-16-le"), r"got a zero byte at position 1"),
+        (b"", r"got 1 empty file\(s\), the first of them .*bad\.txt"),
+    ],
+)
+def test_files_that_are_no_text(tmp_path, content, message):
+    path = tmp_path / "bad.txt"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        corpus.read([path])
+
+
+def test_twenty_files_are_split_by_file_and_a_new_file_moves_few_of_them():
+    documents = {f"{i}.txt": b"x" * 100 for i in range(40)}
+    splits = split_documents(documents, HELD_OUT)
+    assert [len(part) for part in splits.values()] == [36, 2, 2]
+    more = split_documents(documents | {"new.txt": b"x" * 100}, HELD_OUT)
+    assert len(set(splits["train"]) ^ set(more["train"])) <= 3
+
+
+def test_fewer_files_are_split_by_position_between_characters():
+    documents = {"a": "ä" * 30, "b": "é" * 30}
+    splits = split_documents({name: text.encode() for name, text in documents.items()}, {"validation": 0.21})
+    assert list(splits) == ["train", "validation"]
+    assert list(splits["validation"]) == ["b"]
+    joined = b"".join(content for part in splits.values() for content in part.values())
+    assert joined.decode() == "ä" * 30 + "é" * 30
+    assert splits["validation"]["b"].decode() == "é" * 13
+
+
+def test_nothing_is_held_out_when_nothing_is_asked():
+    documents = {"a": b"text"}
+    assert split_documents(documents, {}) == {"train": documents}

@@ -2,7 +2,6 @@
 
 import logging
 import re
-import sys
 import warnings
 from pathlib import Path
 from typing import Any, NoReturn
@@ -91,6 +90,10 @@ class TrainingCLI(LightningCLI):
         for key, callback in _DEFAULT_CALLBACKS.items():
             default = {"class_path": f"lit_callbacks.{callback.__name__}"}
             add(f"--{key}", type=callback | None, default=default, help="On by default; null leaves it out.")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the words that were given; Lightning warns when the process has words of its own as well."""
+        self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
         """Not Lightning's way, which merges a checkpoint's hyperparameters over the configuration and the flags."""
@@ -203,11 +206,7 @@ def run_training_command(words: list[str]) -> None:
     if words[0] not in LightningCLI.subcommands():
         commands = ", ".join([*LightningCLI.subcommands(), "generate"])
         raise UsageError(f"unknown command {words[0]}; the commands are {commands}")
-    program, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns when it gets arguments and the process has some
-    try:
-        TrainingCLI(words)
-    finally:
-        sys.argv = program
+    TrainingCLI(words)
 
 
 def _quieten() -> None:

@@ -173,14 +173,23 @@ def test_blocks_longer_than_the_model_takes_are_refused(tmp_path):
         trainer(tmp_path).fit(task(), data)
 
 
-def test_target_batch_tokens_derives_accumulation_and_says_so(tmp_path, caplog):
+def test_target_batch_tokens_derives_accumulation_and_says_so(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("lit_transformer.module.rank_zero_info", said.append)
     module = task(target_batch_tokens=100)
     run = trainer(tmp_path, limit_val_batches=0)
-    with caplog.at_level("INFO"):
-        run.fit(module, Blocks())
+    run.fit(module, Blocks())
     assert run.accumulate_grad_batches == 4  # batches of 32 tokens
     assert run.global_step == 2
-    assert "Effective batch: 128 tokens = 1 device x 32 tokens x 4 accumulated batches (target 100)." in caplog.text
+    assert "Effective batch: 128 tokens = 1 device x 32 tokens x 4 accumulated batches (target 100)." in said
+
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    data = Blocks(batch_size=2)  # as on half the devices
+    longer = trainer(tmp_path, max_epochs=2, limit_val_batches=0)
+    longer.fit(task(target_batch_tokens=100), data, ckpt_path=tmp_path / "a.ckpt")
+    assert longer.accumulate_grad_batches == 7
+    assert said[-2].startswith("Before this resume: Effective batch: 128 tokens")
+    assert said[-1].startswith("Effective batch: 112 tokens = 1 device x 16 tokens x 7")
 
 
 def test_accumulation_from_two_sides_is_refused(tmp_path):

@@ -379,3 +379,21 @@ def test_ctrl_c_leaves_a_usable_checkpoint_and_says_how_to_go_on(cli, workers):
     assert f"Stopped at step {stopped_at}." in out
     goes_on = cli("fit", "--run", "a", "--ckpt_path", "last", "--trainer.max_steps", stopped_at + 3)
     assert f"Trained to step {stopped_at + 3}" in goes_on.out
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(cli):
+    no_dropout = ["attention_dropout", "ffn_dropout", "residual_dropout", "embedding_dropout"]
+    words = ["fit", "--config", "config.yaml", *(f"--model.init_args.config.{name}=0" for name in no_dropout)]
+    assert cli(*words, "--run", "one").code == 0
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.init_args.batch_size=2"]
+    process = start(*words, "--run", "two", *two)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    one, two = (torch.load(f"runs/{name}/checkpoints/last.ckpt", weights_only=True) for name in ("one", "two"))
+    assert one["LanguageModelingData"]["position"] == two["LanguageModelingData"]["position"] == 80
+    for name, value in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], value, atol=2e-4, rtol=0)
+    first, second = (read_metrics(Path(f"runs/{name}/metrics.csv")) for name in ("one", "two"))
+    assert first["val/loss"] == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in second["val/loss"]]
+    assert first["grad_norm/total"] == [(s, pytest.approx(n, rel=1e-4)) for s, n in second["grad_norm/total"]]

@@ -1,0 +1,42 @@
+"""What was done to a run, one JSON object per line, in ``events.jsonl`` of the run folder."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Where this run keeps its files. All ranks must ask together: ``trainer.log_dir`` broadcasts."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+class EventLog:
+    """Appends events on rank zero. A folder that cannot be written to costs the events and one warning, not the run."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._path = folder / "events.jsonl" if folder else None
+        self._warned = False
+
+    @rank_zero_only
+    def write(self, **event: Any) -> None:
+        """Append one event and flush it. Entries that are None are left out, and NaN is written as ``"nan"``."""
+        if self._path is None:
+            return
+        line = json.dumps({key: _plain(value) for key, value in event.items() if value is not None}, allow_nan=False)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            if not self._warned:
+                rank_zero_warn(f"Events of this run are not being written down: {error}")
+            self._warned = True
+
+
+def _plain(value: Any) -> Any:
+    # JSON has no NaN and no infinity.
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

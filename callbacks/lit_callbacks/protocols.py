@@ -1,0 +1,48 @@
+"""What a data module may offer. Structural: have the method, and the callbacks use it; no import is needed."""
+
+from collections.abc import Iterable
+from typing import Any, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class HasSampleIds(Protocol):
+    """Knows which samples a batch was made of, so that a bad step can be traced to its data.
+
+    Example:
+        >>> class Data:
+        ...     def sample_ids(self, batch):
+        ...         return batch["index"].tolist()
+        >>> isinstance(Data(), HasSampleIds)
+        True
+    """
+
+    def sample_ids(self, batch: Any) -> list[int]:
+        """Identities of the samples in a batch on this rank, stable over epochs and restarts."""
+        ...
+
+
+@runtime_checkable
+class HasPosition(Protocol):
+    """Knows how far into the data training is."""
+
+    def position(self) -> int:
+        """Samples consumed so far, over all ranks."""
+        ...
+
+
+@runtime_checkable
+class CanSkip(Protocol):
+    """Can leave out the samples that would come next."""
+
+    def skip(self, n: int) -> None:
+        """Move ``n`` samples forward, over all ranks, without reading them."""
+        ...
+
+
+@runtime_checkable
+class CanExclude(Protocol):
+    """Can keep samples out of training for good."""
+
+    def exclude(self, ids: Iterable[int]) -> None:
+        """Never draw these samples again, also after a restart."""
+        ...

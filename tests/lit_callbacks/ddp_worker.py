@@ -1,0 +1,81 @@
+"""Run by test_ddp.py in two processes: several checks in one launch, each leaving its facts in a file per rank."""
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from helpers import MemoryLogger, TinyLM, TokensWithIds, make_trainer
+from lit_callbacks import GradientNormLogger, LossCurve, NonFiniteError, NonFiniteGuard
+from lit_callbacks._observer import Observer
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), 2
+
+
+class Shards(TokensWithIds):
+    """Every batch of `batch_size` samples, split between the ranks in order."""
+
+    def train_dataloader(self):
+        whole = super().train_dataloader()
+        half = self.options["batch_size"] // WORLD
+        batches = [batch[RANK * half : (RANK + 1) * half] for batch in whole.batch_sampler]
+        return torch.utils.data.DataLoader(whole.dataset, batch_sampler=batches)
+
+
+class FailsOnRankOne(Observer):
+    """Raises on one rank only."""
+
+    def __init__(self):
+        super().__init__(every_n_steps=1)
+        self.measured = 0
+
+    def measure(self, trainer, pl_module, optimizer):
+        self.measured += 1
+        if RANK == 1 and self.measured == 2:
+            raise ZeroDivisionError("only here")
+        return {"value": torch.tensor(float(RANK))}
+
+
+def fit(callbacks, root, faults=None, **options):
+    torch.manual_seed(0)
+    module, logger = TinyLM(), MemoryLogger()
+    trainer = make_trainer(
+        strategy="ddp", devices=WORLD, use_distributed_sampler=False, logger=logger, callbacks=callbacks,
+        default_root_dir=root, **{"max_epochs": 1, **options},
+    )  # fmt: skip
+    error = None
+    try:
+        trainer.fit(module, datamodule=Shards(batch_size=8, faults=faults))
+    except NonFiniteError as exception:
+        error = str(exception)
+    weights = torch.cat([p.detach().flatten() for p in module.parameters()])
+    return {
+        "logged": logger.calls, "steps": trainer.global_step, "error": error, "weights": weights.double().sum().item(),
+    }  # fmt: skip
+
+
+def main(out):
+    facts = {}
+    for accumulate in (1, 4):
+        curve = LossCurve(every_n_steps=1)
+        callbacks = [GradientNormLogger(every_n_steps=1), curve]
+        facts[f"norm_{accumulate}"] = fit(callbacks, out / "norm", accumulate_grad_batches=accumulate)
+        facts[f"norm_{accumulate}"]["curve"] = curve.train.values
+    guard = NonFiniteGuard()
+    facts["nan"] = fit([guard], out / "nan", faults={5: "nan", 24: "gradient"})
+    facts["nan"]["state"] = guard.state_dict()
+    facts["patience"] = fit([NonFiniteGuard(patience=2)], out / "patience", faults=dict.fromkeys(range(30, 64), "nan"))
+    failing = FailsOnRankOne()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        facts["failing"] = fit([failing], out / "failing")
+    facts["failing"]["measured"] = failing.measured
+    facts["failing"]["warned"] = [str(w.message) for w in caught if "is off" in str(w.message)]
+    (out / f"rank_{RANK}.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

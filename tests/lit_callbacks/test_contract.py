@@ -1,0 +1,204 @@
+"""What every callback of the package promises."""
+
+import ast
+import inspect
+import pickle
+import re
+import sys
+import typing
+from pathlib import Path
+
+import lightning.pytorch
+import pytest
+import pytorch_lightning
+import torch
+from lightning.pytorch import Callback
+
+import lit_callbacks
+from helpers import MemoryLogger, OldTinyLM, TinyLM, assert_identical, loader, snapshot
+from lit_callbacks._observer import Observer
+
+PACKAGE = Path(lit_callbacks.__file__).parent
+PUBLIC = [getattr(lit_callbacks, name) for name in lit_callbacks.__all__]
+CALLBACKS = [thing for thing in PUBLIC if inspect.isclass(thing) and issubclass(thing, Callback)]
+OBSERVERS = [cls for cls in CALLBACKS if issubclass(cls, Observer)]
+
+# Other arguments than the defaults, and arguments to refuse.
+OTHER = {
+    "GradientNormLogger": {"every_n_steps": 1},
+    "NonFiniteGuard": {"patience": 4},
+    "LossCurve": {"filename": "b.png"},
+}
+BAD = {
+    "GradientNormLogger": [{"every_n_steps": 0}],
+    "NonFiniteGuard": [{"patience": 0}],
+    "LossCurve": [{"every_n_steps": -1}, {"filename": "folder/name.png"}],
+}
+FAULT = {5: "nan"}
+
+each = pytest.mark.parametrize("cls", CALLBACKS)
+each_observer = pytest.mark.parametrize("cls", OBSERVERS)
+
+
+def fit(make_trainer, callbacks, **options):
+    torch.manual_seed(0)
+    module = TinyLM(dropout=0.1)
+    trainer = make_trainer(callbacks=callbacks, **{"max_epochs": 1, **options})
+    trainer.fit(module, loader(faults=FAULT, n_samples=24), loader(n_samples=8))
+    return module, trainer
+
+
+def hooks(module):
+    return [
+        len(getattr(m, name))
+        for m in module.modules()
+        for name in vars(m)
+        if name.endswith("_hooks") and isinstance(getattr(m, name), dict)
+    ]
+
+
+def documented_keys(cls):
+    section = inspect.getdoc(cls).partition("\nLogs")[2].partition("\nArgs:")[0]
+    return set(re.findall(r"^    (\w+/\S+):", section, re.MULTILINE))
+
+
+@each
+def test_arguments_have_defaults_plain_annotations_and_attributes_of_their_name(cls):
+    callback = cls()
+    for name, parameter in inspect.signature(cls).parameters.items():
+        assert getattr(callback, name) == parameter.default
+    hints = typing.get_type_hints(cls.__init__)
+    assert set(hints.values()) <= {int, float, str, bool, type(None)}
+
+
+@each
+def test_bad_arguments_are_refused_by_value(cls):
+    for arguments in BAD[cls.__name__]:
+        (name, value), *_ = arguments.items()
+        with pytest.raises(ValueError, match=f"{name} must be .*got {value!r}"):
+            cls(**arguments)
+
+
+@each
+def test_state_survives_a_safe_round_trip(cls, make_trainer, tmp_path):
+    callback = cls(**OTHER[cls.__name__])
+    fit(make_trainer, [callback])
+    state = callback.state_dict()
+    torch.save(state, tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+    other = cls(**OTHER[cls.__name__])
+    other.load_state_dict(loaded)
+    fit(make_trainer, [other])
+    torch.testing.assert_close(loaded, state, rtol=0, atol=0, equal_nan=True)
+
+
+@each
+def test_two_of_a_class_keep_separate_states(cls, make_trainer, tmp_path):
+    first, second = cls(), cls(**OTHER[cls.__name__])
+    assert first.state_key != second.state_key
+    _, trainer = fit(make_trainer, [first, second])
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    saved = torch.load(tmp_path / "two.ckpt", weights_only=True)["callbacks"]
+    assert len(saved) == (2 if first.state_dict() else 0)
+
+
+@each
+def test_survives_pickle_before_and_after_two_fits(cls, make_trainer):
+    callback = pickle.loads(pickle.dumps(cls(**OTHER[cls.__name__])))
+    for _ in range(2):
+        fit(make_trainer, [callback])
+        pickled = pickle.dumps(callback)
+        assert b"TinyLM" not in pickled, "the module is not carried along"
+        callback = pickle.loads(pickled)
+
+
+@each
+def test_validates_and_tests_on_their_own(cls, make_trainer):
+    trainer = make_trainer(callbacks=[cls()])
+    trainer.validate(TinyLM(), loader(), verbose=False)
+    trainer.test(TinyLM(), loader(), verbose=False)
+
+
+@each
+@pytest.mark.parametrize("breaks", [False, True])
+def test_leaves_no_hooks_behind(cls, make_trainer, breaks):
+    class Break(Callback):
+        def on_train_batch_end(self, *args):
+            if breaks:
+                raise KeyError("broken")
+
+    callback, module = cls(), TinyLM()
+    before = hooks(module)
+    trainer = make_trainer(max_steps=3, callbacks=[callback, Break()])
+    try:
+        trainer.fit(module, loader(faults=FAULT))
+    except KeyError:
+        assert breaks
+    assert trainer.global_step == (1 if breaks else 3)
+    assert hooks(module) == before
+    assert torch.overrides._len_torch_function_stack() == 0
+    pickle.dumps(callback)
+
+
+@each
+@pytest.mark.parametrize(("package", "module"), [(lightning.pytorch, TinyLM), (pytorch_lightning, OldTinyLM)])
+def test_works_under_both_names_of_lightning(cls, package, module, make_trainer):
+    trainer = make_trainer(package=package, max_steps=4, callbacks=[cls(**OTHER[cls.__name__])])
+    trainer.fit(module(), loader(faults=FAULT), loader(n_samples=8))
+    assert trainer.global_step == 4
+
+
+@each_observer
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_observers_change_nothing(cls, make_trainer, precision):
+    def run(callbacks):
+        torch.manual_seed(0)
+        module = TinyLM(dropout=0.1)
+        trainer = make_trainer(max_epochs=1, callbacks=callbacks, precision=precision)
+        trainer.fit(module, loader(n_samples=24), loader(n_samples=8))
+        return [*snapshot(module, trainer), torch.get_rng_state()]
+
+    (*without, rng_without), (*watched, rng_watched) = run([]), run([cls(every_n_steps=1)])
+    assert_identical(watched, without)
+    assert torch.equal(rng_watched, rng_without)
+
+
+@each
+def test_emits_the_keys_it_documents(cls, make_trainer):
+    logger = MemoryLogger()
+    trainer = make_trainer(max_steps=4, callbacks=[cls()], logger=logger)
+    trainer.fit(TinyLM(), loader(faults=FAULT))
+    assert {key for _, metrics in logger.calls for key in metrics} == documented_keys(cls)
+    assert set(trainer.callback_metrics) == documented_keys(cls)
+
+
+@each
+def test_the_catalogue_has_a_row_with_its_keys(cls):
+    catalogue = (PACKAGE.parent / "README.md").read_text()
+    (row,) = re.findall(rf"^\| `{cls.__name__}\(.*", catalogue, re.MULTILINE)
+    assert all(f"`{key}`" in row for key in documented_keys(cls))
+
+
+def test_all_is_sorted_and_complete():
+    assert lit_callbacks.__all__ == sorted(lit_callbacks.__all__)
+    assert all(thing.__module__.startswith("lit_callbacks.") and thing.__doc__ for thing in PUBLIC)
+    assert {type(callback) for callback in lit_callbacks.recommended()} <= set(CALLBACKS)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.name)
+def test_sources_import_only_what_they_may_and_never_print(path):
+    tree = ast.parse(path.read_text())
+    calls = [node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    assert "print" not in calls
+    imports = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imports |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imports.add(node.module.partition(".")[0])
+    third_party = imports - sys.stdlib_module_names
+    if path.name == "functional.py":
+        assert third_party == {"torch"}
+    assert third_party <= {"torch", "lightning", "torchmetrics", "lit_callbacks", "matplotlib"}
+    at_import = {n.module for n in tree.body if isinstance(n, ast.ImportFrom)}
+    assert not any(module.startswith("matplotlib") for module in at_import), "imported where it is used"

@@ -1,0 +1,74 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import helpers
+from helpers import MemoryLogger, TinyLM, loader
+from lit_callbacks import GradientNormLogger, LossCurve
+
+WORKER = Path(__file__).with_name("ddp_worker.py")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What the two processes found, and the folder their runs lie in."""
+    out = tmp_path_factory.mktemp("ddp")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    run = subprocess.run([*launcher, WORKER, out], env=environment, capture_output=True, text=True, timeout=120)
+    found = [out / f"rank_{rank}.json" for rank in range(2)]
+    assert all(path.exists() for path in found), run.stderr[-4000:]
+    return [json.loads(path.read_text()) for path in found], out
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_norm_and_loss_are_those_of_one_process_with_the_same_global_batch(ranks, accumulate):
+    (rank_0, _), _ = ranks
+    torch.manual_seed(0)
+    logger, curve = MemoryLogger(), LossCurve(every_n_steps=1)
+    trainer = helpers.make_trainer(
+        callbacks=[GradientNormLogger(every_n_steps=1), curve], logger=logger, max_epochs=1,
+        accumulate_grad_batches=accumulate, default_root_dir=ranks[1] / "single",
+    )  # fmt: skip
+    trainer.fit(TinyLM(), loader(batch_size=8))
+    found = rank_0[f"norm_{accumulate}"]
+    expected = list(logger.values("grad_norm/total").values())
+    assert len(expected) == 8 // accumulate
+    assert [metrics["grad_norm/total"] for _, metrics in found["logged"]] == pytest.approx(expected, rel=1e-5)
+    assert found["curve"] == pytest.approx(curve.train.values, rel=1e-5)
+
+
+def test_a_bad_value_on_one_rank_is_skipped_on_all(ranks):
+    (rank_0, rank_1), out = ranks
+    assert rank_0["nan"]["state"] == rank_1["nan"]["state"] == {"nonfinite": 2, "skipped_steps": 2, "in_a_row": 0}
+    assert rank_0["nan"]["steps"] == rank_1["nan"]["steps"] == 8
+    assert rank_0["nan"]["weights"] == rank_1["nan"]["weights"]
+    assert abs(rank_0["nan"]["weights"]) < 1e6
+
+    loss, gradient = [json.loads(line) for line in (out / "nan/events.jsonl").read_text().splitlines()]
+    assert (loss["step"], loss["rule"], loss["loss"]) == (0, "non_finite_loss", "nan")
+    assert (loss["first_bad_rank"], loss["sample_ids"]) == (1, [4, 5, 6, 7])
+    assert (gradient["step"], gradient["rule"]) == (3, "non_finite_gradient")
+    assert gradient["sample_ids"] == [24, 25, 26, 27, 28, 29, 30, 31]
+
+
+def test_patience_ends_all_ranks_at_the_same_step(ranks):
+    (rank_0, rank_1), _ = ranks
+    assert "Stopped at step 4 after 2 skipped steps" in rank_0["patience"]["error"]
+    assert rank_0["patience"]["error"] == rank_1["patience"]["error"]
+    assert rank_0["patience"]["weights"] == rank_1["patience"]["weights"]
+    assert abs(rank_0["patience"]["weights"]) < 1e6
+
+
+def test_an_observer_that_raises_on_one_rank_is_off_on_all(ranks):
+    (rank_0, rank_1), _ = ranks
+    assert rank_0["failing"]["measured"] == rank_1["failing"]["measured"] == 2
+    assert rank_0["failing"]["steps"] == rank_1["failing"]["steps"] == 8
+    assert rank_0["failing"]["logged"] == [[0, {"value": 0.5}]]
+    assert len(rank_0["failing"]["warned"]) == 1
+    assert "failed on rank 1 with ZeroDivisionError: only here" in rank_0["failing"]["warned"][0]

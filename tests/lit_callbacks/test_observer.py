@@ -1,0 +1,104 @@
+import copy
+import itertools
+import types
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+
+from helpers import MemoryLogger, TinyLM, assert_identical, loader, snapshot
+from lit_callbacks import GradientNormLogger, LossCurve, NonFiniteGuard, recommended
+from lit_callbacks._observer import Observer
+
+
+class Failing(Observer):
+    """Counts its measurements and raises in the second one."""
+
+    def __init__(self):
+        super().__init__(every_n_steps=2)
+        self.measured = 0
+
+    def measure(self, trainer, pl_module, optimizer):
+        self.measured += 1
+        if self.measured == 2:
+            raise ZeroDivisionError("there is nothing to divide")
+        return {"failing/value": torch.tensor(1.0)}
+
+
+def test_a_failing_measurement_is_switched_off_and_training_goes_on(make_trainer):
+    failing, logger = Failing(), MemoryLogger()
+    trainer = make_trainer(max_steps=9, callbacks=[failing], logger=logger)
+    match = "Failing is off for the rest of this fit, on all ranks: .* step 2 failed on rank 0 with ZeroDivisionError"
+    with pytest.warns(UserWarning, match=match) as warned:
+        trainer.fit(TinyLM(), loader())
+    assert (trainer.global_step, failing.measured) == (9, 2)
+    assert sum("is off" in str(warning.message) for warning in warned) == 1
+    assert logger.calls == [(0, {"failing/value": 1.0})]
+
+    trainer = make_trainer(max_steps=4, callbacks=[failing], logger=logger)
+    trainer.fit(TinyLM(), loader())
+    assert failing.measured == 4, "a new fit is a new chance"
+
+
+def test_every_logger_gets_one_call_per_measured_step(make_trainer):
+    loggers = [MemoryLogger(), MemoryLogger()]
+    make_trainer(max_steps=7, callbacks=[GradientNormLogger(every_n_steps=3)], logger=loggers).fit(TinyLM(), loader())
+    for logger in loggers:
+        assert [step for step, _ in logger.calls] == [0, 3, 6]
+
+
+def test_checkpoints_and_early_stopping_can_monitor_a_summary(make_trainer, tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, monitor="grad_norm/total", every_n_train_steps=2, save_top_k=-1)
+    stopping = EarlyStopping(monitor="grad_norm/total", stopping_threshold=100.0, check_on_train_epoch_end=True)
+    trainer = make_trainer(
+        max_epochs=5, callbacks=[GradientNormLogger(every_n_steps=1), checkpoint, stopping], enable_checkpointing=True
+    )
+    trainer.fit(TinyLM(), loader())
+    assert trainer.current_epoch == 1
+    assert len(checkpoint.best_k_models) == 8
+
+
+class Other(Callback):
+    """A callback of someone else."""
+
+
+def test_our_callbacks_are_sorted_within_their_places(make_trainer):
+    other, another = Other(), Other()
+    guard, curve, norm = NonFiniteGuard(), LossCurve(), GradientNormLogger()
+    trainer = make_trainer(max_steps=1, callbacks=[other, guard, curve, another, norm])
+    before = trainer.callbacks
+    trainer.fit(TinyLM(), loader())
+    assert trainer.callbacks == [other, curve, norm, another, guard]
+    assert before == [other, guard, curve, another, norm], "Lightning is iterating over this list"
+
+
+def test_the_order_someone_wrote_does_not_matter(make_trainer, tmp_path):
+    results = []
+    for order in itertools.permutations([GradientNormLogger(every_n_steps=1), NonFiniteGuard(), LossCurve(1)]):
+        torch.manual_seed(0)
+        callbacks, logger, module = copy.deepcopy(list(order)), MemoryLogger(), TinyLM(batch_norm=True)
+        root = tmp_path / str(len(results))
+        trainer = make_trainer(max_steps=8, callbacks=callbacks, logger=logger, default_root_dir=root)
+        trainer.fit(module, loader(faults={21: "nan"}))
+        curve = next(c for c in callbacks if isinstance(c, LossCurve))
+        numbers = torch.tensor(
+            [value for _, metrics in logger.calls for value in metrics.values()] + curve.train.values
+        )
+        results.append((snapshot(module, trainer), numbers, (root / "events.jsonl").read_text()))
+    assert len(results) == 6
+    assert results[0][1].isnan().sum() == 2
+    for state, numbers, events in results[1:]:
+        assert_identical(state, results[0][0])
+        torch.testing.assert_close(numbers, results[0][1], rtol=0, atol=0, equal_nan=True)
+        assert events == results[0][2]
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
+@pytest.mark.parametrize("callback", recommended(), ids=lambda c: type(c).__name__)
+def test_sharded_strategies_are_refused_in_one_sentence(name, callback):
+    bases = (DDPStrategy,) if name == "DeepSpeedStrategy" else ()
+    trainer = types.SimpleNamespace(strategy=object.__new__(type(name, bases, {})), callbacks=[])
+    with pytest.raises(ValueError, match=f"not yet under {name}. Use strategy='ddp'"):
+        callback.setup(trainer, TinyLM(), "fit")

@@ -1,0 +1,7 @@
+from helpers import TokensWithIds
+from lit_callbacks import protocols
+
+
+def test_protocols_are_structural():
+    assert isinstance(TokensWithIds(), protocols.HasSampleIds)
+    assert not isinstance(TokensWithIds(), protocols.HasPosition | protocols.CanSkip | protocols.CanExclude)

@@ -1,0 +1,184 @@
+"""The files of a run: folder, metrics, configuration errors, precision, loggers."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+
+from lit_transformer.errors import UsageError
+from lit_transformer.run.config_errors import explain
+from lit_transformer.run.folder import RunFolder
+from lit_transformer.run.loggers import make_loggers
+from lit_transformer.run.metrics_file import MetricsFile, cut_back, read_metrics
+from lit_transformer.run.precision import choose_precision
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in ("LIT_TRANSFORMER_RUN", "LOCAL_RANK", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def finished_run(root, name):
+    run = RunFolder.create(root, name)
+    run.config.touch()
+    (run.checkpoints / "last.ckpt").touch()
+    return run
+
+
+def test_runs_made_up_in_the_same_second_do_not_collide(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda _: "20260101-000000")
+    names = []
+    for _ in range(3):
+        monkeypatch.delenv("LIT_TRANSFORMER_RUN", raising=False)
+        names.append(RunFolder.create(tmp_path, None).path.name)
+    assert names == ["20260101-000000", "20260101-000000-2", "20260101-000000-3"]
+
+
+def test_a_launched_process_shares_the_folder_of_the_first(tmp_path, monkeypatch):
+    first = RunFolder.create(tmp_path, None)
+    first.config.touch()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert RunFolder.create(tmp_path, None).path == first.path
+
+
+def test_several_processes_started_from_outside_need_a_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(UsageError, match="add --run NAME"):
+        RunFolder.create(tmp_path, None)
+    finished_run(tmp_path, "a")  # rank 1 comes after rank 0 has begun to write
+    RunFolder.create(tmp_path, "a")
+
+
+def test_resume_without_a_name_takes_the_run_that_was_written_last(tmp_path):
+    finished_run(tmp_path, "a")
+    time.sleep(0.01)
+    finished_run(tmp_path, "b")
+    time.sleep(0.01)
+    (tmp_path / "a" / "checkpoints" / "last.ckpt").write_text("newer")
+    assert RunFolder.resume(tmp_path, None).path.name == "a"
+    assert RunFolder.resume(tmp_path, "b").path.name == "b"
+
+
+def test_what_cannot_be_resumed_is_named(tmp_path):
+    with pytest.raises(UsageError, match="nothing to resume: no run under"):
+        RunFolder.resume(tmp_path, None)
+    finished_run(tmp_path, "a")
+    with pytest.raises(UsageError, match=r"no run to resume in .*/x; the runs there are a"):
+        RunFolder.resume(tmp_path, "x")
+    (tmp_path / "a" / "checkpoints" / "last.ckpt").unlink()
+    with pytest.raises(UsageError, match=r"has no checkpoint last\.ckpt"):
+        RunFolder.resume(tmp_path, "a")
+
+
+def test_an_empty_run_is_removed_and_one_with_anything_in_it_is_not(tmp_path):
+    RunFolder.create(tmp_path, "a").remove_if_empty()
+    assert not (tmp_path / "a").exists()
+    run = finished_run(tmp_path, "b")
+    run.remove_if_empty()
+    assert (run.checkpoints / "last.ckpt").exists()
+
+
+def test_metrics_are_appended_and_read_back(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.csv")
+    file.log_metrics({"train/loss": 2.5, "epoch": 0}, step=4)
+    file.log_metrics({"train/loss": torch.tensor(2.25), "val/loss": 3.0}, step=9)
+    file.log_metrics({"val/loss": float("nan")}, step=10)
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == [
+        "step,key,value",
+        "4,train/loss,2.5",
+        "9,train/loss,2.25",
+        "9,val/loss,3",
+        "10,val/loss,nan",
+    ]
+    assert read_metrics(tmp_path / "metrics.csv")["train/loss"] == [(4, 2.5), (9, 2.25)]
+
+
+def test_a_resumed_run_cuts_the_metrics_back_to_where_it_starts_and_drops_a_torn_line(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,key,value\n4,a,1\n9,a,2\n10,a,3\n12,a")
+    MetricsFile(path, resume_step=10)
+    assert path.read_text().splitlines() == ["step,key,value", "4,a,1", "9,a,2"]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.csv"]
+    MetricsFile(path).log_metrics({"a": 5.0}, step=10)
+    assert read_metrics(path) == {"a": [(4, 1.0), (9, 2.0), (10, 5.0)]}
+
+
+def test_cutting_back_what_is_not_there_is_no_error(tmp_path):
+    cut_back(tmp_path / "metrics.csv", 3)
+    assert not any(tmp_path.iterdir())
+
+
+class Inner:
+    def __init__(self, width: int = 4):
+        self.width = width
+
+
+def parser_message(*words):
+    """What jsonargparse itself says."""
+
+    class Parser(ArgumentParser):
+        def error(self, message, ex=None):
+            raise RuntimeError(message)
+
+    parser = Parser()
+    parser.add_argument("--inner", type=Inner | None, default=None)
+    parser.add_argument("--steps", type=int, default=1)
+    with pytest.raises(RuntimeError) as caught:
+        parser.parse_args(words)
+    return explain(str(caught.value), ["inner", "steps"])
+
+
+def test_jsonargparse_reports_become_one_sentence():
+    assert parser_message("--stepz", "3") == "unknown key stepz; did you mean steps?"
+    assert parser_message("--steps", "x") == "steps must be of type int, got x"
+    assert parser_message("--inner", f"{__name__}.Innr").startswith(f"inner: no class {__name__}.Innr")
+
+
+def test_what_is_not_recognised_is_passed_on_in_one_line():
+    assert explain("something\n  quite new") == "something quite new"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx512_bf16": True}, "bf16-mixed"),
+        ({"amx_bf16": True, "avx512_bf16": False}, "bf16-mixed"),
+        ({"avx2": True}, "32-true"),
+        ({}, "32-true"),
+    ],
+)
+def test_precision_follows_the_processor(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    precision, reason = choose_precision("cpu")
+    assert precision == expected
+    assert "this processor has" in reason
+
+
+@pytest.mark.parametrize(("supported", "expected"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_precision_follows_the_gpu(monkeypatch, supported, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    precision, reason = choose_precision("auto")
+    assert precision == expected
+    assert "Some GPU" in reason
+
+
+def test_the_same_wandb_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = RunFolder.create(tmp_path, "a")
+    first = make_loggers(run, None, wandb=True, tensorboard=False, configured=None)[1]
+    second = make_loggers(run, 5, wandb=True, tensorboard=False, configured=None)[1]
+    assert first.version == second.version == run.wandb_id.read_text()
+
+
+def test_loggers_of_the_configuration_come_after_ours(tmp_path):
+    run, own = RunFolder.create(tmp_path, "a"), MetricsFile(Path("own.csv"))
+    assert make_loggers(run, None, wandb=False, tensorboard=False, configured=own)[1:] == [own]
+    assert make_loggers(run, None, wandb=False, tensorboard=False, configured=[own])[1:] == [own]
+    assert len(make_loggers(run, None, wandb=False, tensorboard=False, configured=None)) == 1

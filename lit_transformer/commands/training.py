@@ -3,6 +3,7 @@
 import logging
 import re
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -149,9 +150,6 @@ class TrainingCLI(LightningCLI):
         trainer = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         callbacks = [self._get(self.config_init, key) for key in _DEFAULT_CALLBACKS]
         callbacks = [callback for callback in callbacks if callback is not None]
-        own_bar = any(isinstance(callback, ProgressBar) for callback in trainer["callbacks"] or [])
-        if trainer["enable_progress_bar"] is not False and not own_bar:
-            callbacks.append(RunProgress())
         if self.subcommand == "fit" and not trainer["fast_dev_run"]:
             callbacks += self._prepare_run(trainer)
         else:
@@ -159,6 +157,9 @@ class TrainingCLI(LightningCLI):
         if self.subcommand == "predict":
             folder = self.root if self.run is None else self.run.path
             callbacks.append(PredictionsFile(folder / "predictions.csv"))
+        own_bar = any(isinstance(callback, ProgressBar) for callback in trainer["callbacks"] or [])
+        if trainer["enable_progress_bar"] is not False and not own_bar:
+            callbacks.append(RunProgress())  # after the report, whose lines come before the bar
         return self._instantiate_trainer(trainer, callbacks)
 
     def _prepare_run(self, trainer: dict[str, Any]) -> list[Callback]:
@@ -173,18 +174,17 @@ class TrainingCLI(LightningCLI):
         callbacks: list[Callback] = [LearningRateMonitor(), self.report, SavedConfig(run, dumped)]
         if trainer["enable_checkpointing"] is False:
             return callbacks
-        periodic = ModelCheckpoint(
-            run.checkpoints,
-            filename="{step}",
-            monitor="step",
-            mode="max",
-            save_top_k=2,
-            save_last=True,
-            every_n_train_steps=settings.checkpoint_every_n_steps,
-        )
-        callbacks += [LastCheckpoint(run.checkpoints / "last.ckpt"), periodic]
+        # Without version counters: after a resume Lightning would go on in last-v1.ckpt, and last.ckpt would be stale.
+        checkpoint = partial(ModelCheckpoint, run.checkpoints, enable_version_counter=False)
+        every_n_steps = settings.checkpoint_every_n_steps
+        callbacks += [
+            LastCheckpoint(run.checkpoints / "last.ckpt"),
+            checkpoint(
+                "{step}", monitor="step", mode="max", save_top_k=2, save_last=True, every_n_train_steps=every_n_steps
+            ),
+        ]
         if trainer["limit_val_batches"] != 0:
-            callbacks.append(ModelCheckpoint(run.checkpoints, filename="best-{step}", monitor="val/loss"))
+            callbacks.append(checkpoint("best-{step}", monitor="val/loss"))
         return callbacks
 
     def after_fit(self) -> None:

@@ -52,7 +52,8 @@ class Recipe:
 
     def documents(self, paths: dict[str, list[Path]]) -> dict[str, Documents]:
         """Read the files, and hold out of the training documents what has no files of its own."""
-        given = {split: corpus.read(files) for split, files in paths.items()}
+        # Nobody can be asked to convert a file of Python's own.
+        given = {split: corpus.read(files, self.files is None and split == "train") for split, files in paths.items()}
         fractions = {"validation": self.val_fraction, "test": self.test_fraction}
         held_out = {split: fraction for split, fraction in fractions.items() if split not in given}
         return given | split_documents(given["train"], held_out)

@@ -66,16 +66,22 @@ def find(files: str | list[str]) -> list[Path]:
     return sorted(found)
 
 
-def read(paths: list[Path]) -> Documents:
+def read(paths: list[Path], leave_out_others: bool = False) -> Documents:
     """Read files as UTF-8 text, named by their path below the folder they share; empty ones are left out.
 
+    Args:
+        paths: The files.
+        leave_out_others: Leave out what is binary or not UTF-8 as well, instead of refusing it.
+
     Raises:
-        UsageError: If a file is binary or not UTF-8, or all are empty.
+        UsageError: If a file is binary or not UTF-8, or nothing is left.
     """
     root = Path(os.path.commonpath([path.parent for path in paths]))
     documents = {}
     for path in paths:
         content = path.read_bytes()
+        if leave_out_others and not _is_text(content):
+            continue
         if (zero := content.find(0)) >= 0:
             raise UsageError(
                 f"expected UTF-8 text, got a zero byte at position {zero} of {path}: it is binary, or UTF-16. "
@@ -93,6 +99,14 @@ def read(paths: list[Path]) -> Documents:
     if not documents:
         raise UsageError(f"expected text, got {len(paths)} empty file(s), the first of them {paths[0]}")
     return documents
+
+
+def _is_text(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in content
 
 
 def content_hash(splits: dict[str, Documents]) -> str:

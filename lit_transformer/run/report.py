@@ -1,7 +1,6 @@
 """What a person wants to read before and after training."""
 
 import time
-from itertools import islice
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,7 +10,7 @@ from lit_transformer.run.folder import RunFolder
 from lit_transformer.tasks import LitCausalLM
 
 _SAMPLE_TOKENS = 200
-_SAMPLE_PROMPT = "def "
+_PROMPT_TOKENS = 24
 
 
 class FitReport(Callback):
@@ -71,13 +70,12 @@ class FitReport(Callback):
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
         if not isinstance(pl_module, LitCausalLM) or tokenizer is None:
             return
+        prompt = next(iter(trainer.datamodule.val_dataloader()))["input_ids"][0, :_PROMPT_TOKENS].tolist()  # type: ignore[attr-defined]
         pl_module.eval()
-        prompt = tokenizer.encode(_SAMPLE_PROMPT).tolist()
-        tokens = list(
-            islice(generate(pl_module.model, prompt, _SAMPLE_TOKENS, temperature=0.8, top_k=50), _SAMPLE_TOKENS)
-        )
+        tokens = list(generate(pl_module.model, prompt, _SAMPLE_TOKENS, temperature=0.8, top_k=50))
         pl_module.train()
-        print(f"A sample:\n\n{tokenizer.decode([*prompt, *tokens])}")
+        print(f"The first {_PROMPT_TOKENS} tokens of the validation text, and how the model goes on:\n")
+        print(f"{tokenizer.decode(prompt)} ... {tokenizer.decode(tokens)}")
 
     @staticmethod
     def _shape(pl_module: LightningModule) -> str:

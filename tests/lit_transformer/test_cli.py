@@ -99,7 +99,7 @@ def test_a_run_leaves_everything_in_its_folder_and_says_where(cli):
     assert metrics["train/loss"][-1][1] < metrics["train/loss"][0][1]
     assert "Model: LitCausalLM, " in outcome.out
     assert "Precision: 32-true (as configured)" in outcome.out
-    assert "A sample:" in outcome.out
+    assert "and how the model goes on:" in outcome.out
     assert "step 20/20  loss" in outcome.out
     assert "tokens/s" in outcome.out
 
@@ -165,6 +165,7 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(cli):
     outcome = cli("fit", "--run", "a", "--ckpt_path", "last", "--trainer.max_steps", 30)
     assert "Trained to step 30" in outcome.out
     assert [step for step, _ in read_metrics(Path("runs/a/metrics.csv"))["train/loss"]] == list(range(1, 31, 2))
+    assert not list(Path("runs/a/checkpoints").glob("last-*"))  # Lightning would go on in last-v1.ckpt
     assert yaml.safe_load(Path("runs/a/config.yaml").read_text())["trainer"]["max_steps"] == 30
     assert yaml.safe_load(Path("runs/a/config-until-step-20.yaml").read_text())["trainer"]["max_steps"] == 20
 
@@ -232,6 +233,12 @@ def test_wandb_and_tensorboard_are_one_word_each(cli, monkeypatch):
     assert any(Path("runs/a/wandb").glob("offline-run-*"))
     assert any(Path("runs/a/tensorboard").glob("events*"))
     assert Path("runs/a/wandb_id.txt").read_text()
+
+
+def test_a_fast_dev_run_leaves_nothing_behind(cli):
+    before = set(Path().iterdir())
+    assert cli("fit", "--config", "config.yaml", "--trainer.fast_dev_run", "true").code == 0
+    assert set(Path().iterdir()) - before == {Path("cache")}
 
 
 def test_a_run_without_a_name_gets_one(cli):

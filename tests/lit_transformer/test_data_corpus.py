@@ -30,6 +30,15 @@ def test_python_without_source_asks_for_files(tmp_path, monkeypatch):
         corpus.standard_library()
 
 
+def test_a_file_of_python_that_is_no_utf8_is_left_out_and_one_of_the_users_is_not(tmp_path):
+    for name, content in {"a.py": b"x = 1", "b.py": "caf\xe9".encode("latin-1"), "c.py": b"\0"}.items():
+        (tmp_path / name).write_bytes(content)
+    paths = sorted(tmp_path.iterdir())
+    assert corpus.read(paths, leave_out_others=True) == {"a.py": b"x = 1"}
+    with pytest.raises(UsageError, match=r"b\.py"):
+        corpus.read(paths)
+
+
 def test_hash_is_of_names_contents_and_split():
     splits = {"train": {"a": b"1", "b": b"2"}, "test": {"c": b"3"}}
     same = {"train": {"a": b"1", "b": b"2"}, "test": {"c": b"3"}}

@@ -25,9 +25,9 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(if $(TORCH_INDEX),-$(RUN) -m pip install --quiet --no-deps --retries 0 --timeout 15 --index-url $(TORCH_INDEX) \
+	$(if $(TORCH_INDEX),-$(RUN) -m pip install --no-deps --retries 0 --timeout 15 --index-url $(TORCH_INDEX) \
 		--constraint constraints.txt torch)
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(RUN) -m pip install --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
 fmt: install

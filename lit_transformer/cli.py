@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from lit_transformer.errors import UsageError
 
@@ -39,10 +38,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _run(words: list[str]) -> None:
     from lit_transformer.run.config_files import shipped_configs
+    from lit_transformer.run.report import program_name
 
     if not words or words[0] in ("-h", "--help"):
         names = ", ".join(path.stem for path in shipped_configs())
-        print(_OVERVIEW.format(program=_program(), names=names))
+        print(_OVERVIEW.format(program=program_name(), names=names))
     elif words[0] == "generate":
         from lit_transformer.commands.generate import main as generate
 
@@ -51,8 +51,3 @@ def _run(words: list[str]) -> None:
         from lit_transformer.commands.training import run_training_command
 
         run_training_command(words)
-
-
-def _program() -> str:
-    name = Path(sys.argv[0]).name
-    return f"python {name}" if name.endswith(".py") else name

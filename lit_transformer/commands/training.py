@@ -146,7 +146,9 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the default callbacks and, for fit, a run folder."""
         if self.checkpoint is not None and not self.settings.allow_config_change:
-            check_same_configuration(self.checkpoint, self._get(self.config_init, "model"), self.settings.ckpt_path)
+            data = self._get(self.config_init, "data") if self.subcommand == "fit" else None
+            model = self._get(self.config_init, "model")
+            check_same_configuration(self.checkpoint, model, data, self.settings.ckpt_path)
         trainer = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         callbacks = [self._get(self.config_init, key) for key in _DEFAULT_CALLBACKS]
         callbacks = [callback for callback in callbacks if callback is not None]

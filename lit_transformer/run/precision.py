@@ -1,5 +1,7 @@
 """The precision a machine is good at."""
 
+from collections.abc import Mapping
+
 import torch
 
 
@@ -21,7 +23,8 @@ def choose_precision(accelerator: str = "auto") -> tuple[str, str]:
             return "bf16-mixed", torch.cuda.get_device_name()
         return "32-true", f"{torch.cuda.get_device_name()} has no bf16"
     if accelerator in ("auto", "cpu") and not torch.backends.mps.is_available():
-        capabilities = torch.cpu.get_capabilities()
+        # Not in every supported torch.
+        capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
         for feature in ("amx_bf16", "avx512_bf16"):
             if capabilities.get(feature, False):
                 return "bf16-mixed", f"this processor has {feature}"

@@ -21,6 +21,7 @@ class PredictionsFile(Callback):
         """Start the file anew."""
         if trainer.global_rank > 0:
             self.path = self.path.with_stem(f"{self.path.stem}-rank{trainer.global_rank}")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.unlink(missing_ok=True)
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:

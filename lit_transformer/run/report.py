@@ -1,5 +1,6 @@
 """What a person wants to read before and after training."""
 
+import sys
 import time
 from pathlib import Path
 
@@ -91,4 +92,10 @@ class FitReport(Callback):
 def resume_command(run: RunFolder, root: Path) -> str:
     """The command line that goes on with a run."""
     folder = "" if root == Path("runs") else f" --trainer.default_root_dir {root}"
-    return f"python cli.py fit --run {run.path.name}{folder} --ckpt_path last"
+    return f"{program_name()} fit --run {run.path.name}{folder} --ckpt_path last"
+
+
+def program_name() -> str:
+    """What was typed to get here: ``python cli.py`` in a checkout, ``lit-transformer`` where it is installed."""
+    name = Path(sys.argv[0]).name
+    return f"python {name}" if name.endswith(".py") else name

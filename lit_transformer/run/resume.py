@@ -5,11 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 
 from lit_transformer.errors import UsageError
 
-_WITHOUT_EFFECT_ON_WEIGHTS = ("target_batch_tokens",)
+_MAY_CHANGE = {
+    "target_batch_tokens",  # restated at the start of every fit
+    *("num_workers", "prefetch_factor", "persistent_workers", "pin_memory"),
+    *("files", "val_files", "test_files", "cache_dir"),  # places; the data module compares the contents
+}
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -29,18 +33,21 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def check_same_configuration(checkpoint: Mapping[str, Any], module: LightningModule, path: Path) -> None:
-    """Refuse to go on with a configuration other than the checkpoint's.
+def check_same_configuration(
+    checkpoint: Mapping[str, Any], module: LightningModule, data: LightningDataModule | None, path: Path
+) -> None:
+    """Refuse to go on with a configuration other than the checkpoint's; without ``data``, with another model.
 
     Raises:
         UsageError: Naming every value that differs.
     """
-    then = dict(_flatten(checkpoint.get("hyper_parameters", {})))
-    now = dict(_flatten(dict(module.hparams)))
+    data_then = {} if data is None else checkpoint.get("datamodule_hyper_parameters", {})
+    then = _settings(checkpoint.get("hyper_parameters", {}), data_then)
+    now = _settings(module.hparams, {} if data is None else data.hparams)
     differences = [
         f"{key} was {then.get(key, 'unset')} and is {now.get(key, 'unset')}"
         for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key) and key not in _WITHOUT_EFFECT_ON_WEIGHTS
+        if then.get(key) != now.get(key)
     ]
     if differences:
         raise UsageError(
@@ -48,6 +55,11 @@ def check_same_configuration(checkpoint: Mapping[str, Any], module: LightningMod
             f"configuration by leaving --config and these flags out, or the new one on purpose by "
             f"--allow_config_change true"
         )
+
+
+def _settings(model: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    flat = {f"model.{key}": value for key, value in _flatten(model)} | {f"data.{key}": v for key, v in _flatten(data)}
+    return {key: value for key, value in flat.items() if key.partition(".")[2] not in _MAY_CHANGE}
 
 
 def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

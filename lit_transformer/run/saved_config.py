@@ -11,8 +11,8 @@ from lit_transformer.run.folder import RunFolder
 class SavedConfig(Callback):
     """Write ``config.yaml`` into the run folder, and the same into each checkpoint.
 
-    It is what ``--config`` takes. The name of the run and the checkpoint it was resumed from are left out, so that
-    it can start another run. When a resumed run has another configuration, the earlier one is kept beside it.
+    It is what ``--config`` takes. The name of the run, the checkpoint it was resumed from, and the permission to change
+    the configuration for that once are left out, so that it can start another run. When a resumed run has another configuration, the earlier one is kept beside it.
 
     Args:
         run: The run's folder.
@@ -21,7 +21,8 @@ class SavedConfig(Callback):
 
     def __init__(self, run: RunFolder, config: dict[str, Any]) -> None:
         self.run = run
-        self.config = {key: value for key, value in config.items() if key not in ("run", "ckpt_path", "config")}
+        once = {"run", "ckpt_path", "config", "allow_config_change"}
+        self.config = {key: value for key, value in config.items() if key not in once}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file."""

@@ -175,9 +175,11 @@ def test_another_configuration_than_the_checkpoints_needs_a_word(cli):
     change = ["--model.init_args.optimizer.init_args.lr", "0.005", "--trainer.max_steps", "25"]
     refused = cli("fit", "--run", "a", "--ckpt_path", "last", *change)
     assert refused.code == 2
-    assert "optimizer.init_args.lr was 0.01 and is 0.005" in refused.error
+    assert "model.optimizer.init_args.lr was 0.01 and is 0.005" in refused.error
     assert "--allow_config_change true" in refused.error
     assert cli("fit", "--run", "a", "--ckpt_path", "last", *change, "--allow_config_change", "true").code == 0
+    refused = cli("fit", "--run", "a", "--ckpt_path", "last", "--data.init_args.batch_size", 8)
+    assert "data.batch_size was 4 and is 8" in refused.error
     step, lr = read_metrics(Path("runs/a/metrics.csv"))["lr/decay"][-1]
     assert (step, lr < 0.005) == (23, True)
 
@@ -201,6 +203,14 @@ def test_predict_writes_a_score_per_block(cli):
     assert lines[0] == "sample_ids,loss"
     assert len(lines) > 5
     assert all(0 < float(line.split(",")[1]) < 10 for line in lines[1:])
+
+
+def test_predict_of_a_checkpoint_from_elsewhere_writes_where_runs_are(cli):
+    cli("fit", "--config", "config.yaml", "--run", "a")
+    Path("runs/a/checkpoints/last.ckpt").rename("moved.ckpt")
+    outcome = cli("predict", "--ckpt_path", "moved.ckpt", "--trainer.default_root_dir", "elsewhere")
+    assert "Predictions: elsewhere/predictions.csv" in outcome.out
+    assert Path("elsewhere/predictions.csv").exists()
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
@@ -346,7 +356,7 @@ def test_a_checkpoint_of_another_model_is_refused_naming_the_difference(cli):
     wider = ["--model.init_args.config.d_model", "32", "--run", "b", "--ckpt_path", "runs/a/checkpoints/last.ckpt"]
     outcome = cli("fit", "--config", "config.yaml", *wider)
     assert outcome.code == 2
-    assert "config.d_model was 16 and is 32" in outcome.error
+    assert "model.config.d_model was 16 and is 32" in outcome.error
 
 
 def test_a_folder_that_cannot_be_written_is_named(cli):

@@ -12,7 +12,8 @@ class SavedConfig(Callback):
     """Write ``config.yaml`` into the run folder, and the same into each checkpoint.
 
     It is what ``--config`` takes. The name of the run, the checkpoint it was resumed from, and the permission to change
-    the configuration for that once are left out, so that it can start another run. When a resumed run has another configuration, the earlier one is kept beside it.
+    the configuration for that once are left out, so that it can start another run. When a resumed run has another
+    configuration, the earlier one is kept beside it.
 
     Args:
         run: The run's folder.

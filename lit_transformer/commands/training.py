@@ -42,7 +42,9 @@ class OneParagraphParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what the command line prints."""
-        raise UsageError(explain(message, [action.dest for action in self._actions])) from ex
+        subcommands = getattr(self._subcommands_action, "choices", None) or {}
+        parsers = [self, *subcommands.values()]
+        raise UsageError(explain(message, [action.dest for parser in parsers for action in parser._actions])) from ex
 
 
 class TrainingCLI(LightningCLI):

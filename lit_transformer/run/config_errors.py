@@ -14,7 +14,8 @@ _SCAFFOLD = re.compile(
     r"|Expected a <class 'NoneType'>|Parser key )"
 )
 _UNKNOWN_KEY = re.compile(
-    r"unrecognized arguments: (\S.*)|Option '([^']+)' is not accepted|Key '([^']+)' is not expected"
+    r"unrecognized arguments: (?P<flags>\S.*)|(?:Group '(?P<group>[^']+)'|Subcommand '[^']+') does not accept option "
+    r"'(?P<option>[^']+)'|(?:Option|Key) '(?P<key>[^']+)' is not (?:accepted|expected)"
 )
 _UNKNOWN_CLASS = re.compile(r"module '([^']+)' has no attribute '([^']+)'|No module named '([^']+)'")
 _LITERAL = re.compile(r"Expected a typing\.Literal\[(.*)\]\. Got value: (.*)")
@@ -40,9 +41,10 @@ def explain(message: str, known_keys: Iterable[str] = ()) -> str:
     cause = " ".join(dict.fromkeys(causes)) or " ".join(lines)
 
     if found := _UNKNOWN_KEY.search(cause):
-        given = next(group for group in found.groups() if group)
-        names = [word.removeprefix("--").partition("=")[0] for word in given.split() if word.startswith("--")]
-        key = names[0] if names else given
+        flags = [
+            word.removeprefix("--").partition("=")[0] for word in (found["flags"] or "").split() if word[:2] == "--"
+        ]
+        key = flags[0] if flags else ".".join(filter(None, (found["group"], found["option"] or found["key"])))
         candidates = _accepted_by(class_path) if class_path else known_keys
         full = f"{where}.init_args.{key}" if where else key
         return f"unknown key {full}{_did_you_mean(key, candidates)}"
@@ -55,7 +57,9 @@ def explain(message: str, known_keys: Iterable[str] = ()) -> str:
         return f"{where} must be one of {choices}, got {found[2]}{_did_you_mean(found[2], choices.split(', '))}"
     if found := _TYPE.search(cause):
         return f"{where} must be of type {found[1]}, got {found[2]}"
-    if found := _EXPLAINED.match(cause):  # by the parser of a nested class, which does not know where it stands
+    if where and (
+        found := _EXPLAINED.match(cause)
+    ):  # by the parser of a nested class, which does not know where it stands
         return f"{found[1]}{where}.init_args.{found[2]}"
     return f"{where}: {cause}" if where and where not in cause else cause
 

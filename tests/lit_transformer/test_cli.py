@@ -1,5 +1,6 @@
 """The command line as a person uses it: what it does, what it prints, what it leaves in the run folder."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -321,6 +322,37 @@ def test_a_mistake_is_one_paragraph_and_leaves_nothing_behind(cli, mistake):
     assert expected in paragraph
     assert len(paragraph.splitlines()) == 1
     assert "Traceback" not in outcome.error
+    assert not any(Path().glob("runs/*"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        (
+            "model.init_args.config.d_modle",
+            3,
+            "unknown key model.init_args.config.d_modle; did you mean config.d_model",
+        ),
+        ("trianer.max_steps", 3, "unknown key trianer.max_steps; did you mean trainer.max_steps"),
+        ("trainer.max_stepz", 3, "unknown key trainer.max_stepz; did you mean trainer.max_steps"),
+        ("data.init_args.blok_size", 3, "unknown key data.init_args.blok_size; did you mean block_size"),
+        ("gradient_norm_logger.every_n_steps", 0, "error: every_n_steps must be at least 1, got 0"),
+        ("gradient_norm_logger.evry_n_steps", 5, "evry_n_steps; did you mean every_n_steps"),
+        ("model.class_path", "lit_transformer.LitCasual", "did you mean lit_transformer.LitCausalLM"),
+        ("trainer.max_steps", "three", "trainer.max_steps must be of type int, got three"),
+    ],
+)
+def test_a_mistake_in_a_file_is_explained_like_one_in_a_flag(cli, key, value, expected):
+    config = copy.deepcopy(CONFIG)
+    *path, last = key.split(".")
+    place = config
+    for part in path:
+        place = place.setdefault(part, {})
+    place[last] = value
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    outcome = cli("fit", "--config", "config.yaml")
+    assert outcome.code == 2
+    assert expected in outcome.error
     assert not any(Path().glob("runs/*"))
 
 

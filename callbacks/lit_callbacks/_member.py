@@ -15,11 +15,15 @@ class Member(Callback):
     order: int
     """Position among our callbacks in every hook: 0 observers, 1 clipper, 2 guards and recovery, 3 checkpoints."""
 
+    _state_key: str | None = None
+
     @property
     def state_key(self) -> str:
         """Made of the constructor arguments, so that two callbacks of a class keep separate states."""
-        names = inspect.signature(type(self)).parameters
-        return self._generate_state_key(**{name: getattr(self, name) for name in names})
+        if self._state_key is None:  # Lightning asks around every hook call, and a signature takes 30 microseconds
+            names = inspect.signature(type(self)).parameters
+            self._state_key = self._generate_state_key(**{name: getattr(self, name) for name in names})
+        return self._state_key
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning hangs the module's bound `log` and `log_dict` on every callback, and the module with them.

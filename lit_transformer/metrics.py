@@ -43,14 +43,14 @@ class BitsPerByte(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("nats", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("nats", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("bytes", torch.tensor(0, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, nats: Tensor, n_bytes: Tensor) -> None:
         """Add tokens: their loss in nats, and their length in bytes, both of any shape."""
-        self.nats += nats.sum(dtype=torch.float64)
+        self.nats += nats.sum()
         self.bytes += n_bytes.sum()
 
     def compute(self) -> Tensor:
         """Bits per byte so far."""
-        return (self.nats / math.log(2) / self.bytes).float()
+        return self.nats / math.log(2) / self.bytes

@@ -57,9 +57,8 @@ def explain(message: str, known_keys: Iterable[str] = ()) -> str:
         return f"{where} must be one of {choices}, got {found[2]}{_did_you_mean(found[2], choices.split(', '))}"
     if found := _TYPE.search(cause):
         return f"{where} must be of type {found[1]}, got {found[2]}"
-    if where and (
-        found := _EXPLAINED.match(cause)
-    ):  # by the parser of a nested class, which does not know where it stands
+    # The parser of a nested class has explained it already, but does not know where it stands.
+    if where and (found := _EXPLAINED.match(cause)):
         return f"{found[1]}{where}.init_args.{found[2]}"
     return f"{where}: {cause}" if where and where not in cause else cause
 

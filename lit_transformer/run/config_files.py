@@ -1,5 +1,6 @@
 """Which configuration a command starts from."""
 
+import atexit
 import tempfile
 from pathlib import Path
 
@@ -80,7 +81,9 @@ def _config_of(checkpoint: Path) -> Path:
     kept["trainer"] = {"precision": config["trainer"]["precision"]}
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False, encoding="utf-8") as file:
         yaml.safe_dump(kept, file)
-    return Path(file.name)
+    path = Path(file.name)
+    atexit.register(path.unlink, missing_ok=True)
+    return path
 
 
 def _value(words: list[str], flag: str) -> str | None:

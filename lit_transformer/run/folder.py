@@ -74,7 +74,9 @@ class RunFolder:
             return run
         files = [*root.glob("*/checkpoints/last.ckpt")]
         if not files:
-            raise UsageError(f"--ckpt_path last has nothing to resume: no run under {root} has a checkpoint")
+            raise UsageError(
+                f"nothing to resume or evaluate: no run under {root} has a checkpoint; give one by --ckpt_path FILE"
+            )
         return cls(max(files, key=lambda file: file.stat().st_mtime_ns).parent.parent)
 
     def remove_if_empty(self) -> None:

@@ -64,7 +64,7 @@ def test_resume_without_a_name_takes_the_run_that_was_written_last(tmp_path):
 
 
 def test_what_cannot_be_resumed_is_named(tmp_path):
-    with pytest.raises(UsageError, match="nothing to resume: no run under"):
+    with pytest.raises(UsageError, match="nothing to resume or evaluate: no run under"):
         RunFolder.resume(tmp_path, None)
     finished_run(tmp_path, "a")
     with pytest.raises(UsageError, match=r"no run to resume in .*/x; the runs there are a"):

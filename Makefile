@@ -28,6 +28,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(if $(TORCH_INDEX),-$(RUN) -m pip install --no-deps --retries 0 --timeout 15 --index-url $(TORCH_INDEX) \
 		--constraint constraints.txt torch)
 	$(RUN) -m pip install --constraint constraints.txt --editable ".[dev]"
+	$(RUN) -m pip install --constraint constraints.txt --no-deps litgpt
 	touch $@
 
 fmt: install

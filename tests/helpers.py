@@ -13,12 +13,25 @@ from torch.utils.data import DataLoader, Dataset
 VOCABULARY = 32
 
 
+class TinyBlock(nn.Module):
+    """Causal self-attention with two heads, around a residual stream."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.attention = nn.Linear(width, 3 * width, bias=False)  # a key's bias has no gradient but noise
+
+    def forward(self, x):
+        q, k, v = self.attention(x).view(*x.shape[:2], 3, 2, -1).permute(2, 0, 3, 1, 4)
+        return x + F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(x.shape)
+
+
 class TinyLMBody:
     """The LightningModule's methods; `TinyLM` and `OldTinyLM` give it the base class of either package."""
 
     def __init__(self, dropout=0.0, batch_norm=False, lr=0.01, optimizer=torch.optim.AdamW, **options):
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, 16)
+        self.blocks = nn.ModuleList(TinyBlock(16) for _ in range(2))
         self.hidden = nn.Linear(16, 32)
         self.norm = nn.BatchNorm1d(32) if batch_norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
@@ -27,7 +40,10 @@ class TinyLMBody:
 
     def loss(self, batch):
         tokens = batch["tokens"]
-        hidden = self.norm(self.hidden(self.embedding(tokens[:, :-1])).flatten(0, 1))
+        stream = self.embedding(tokens[:, :-1])
+        for block in self.blocks:
+            stream = block(stream)
+        hidden = self.norm(self.hidden(stream).flatten(0, 1))
         logits = self.head(self.dropout(F.gelu(hidden)))
         loss = F.cross_entropy(logits, tokens[:, 1:].flatten()) * batch["loss_factor"].mean()
         if batch["bad_gradient"].any():  # 0 * sqrt'(0): the value is 0, the gradient NaN
@@ -72,7 +88,7 @@ class TwoOptimizers(TinyLM):
             optimizer.step()
 
     def configure_optimizers(self):
-        body = [*self.embedding.parameters(), *self.hidden.parameters()]
+        body = [*self.embedding.parameters(), *self.blocks.parameters(), *self.hidden.parameters()]
         return [self.make_optimizer(body), self.make_optimizer(self.head.parameters())]
 
 

@@ -1,8 +1,24 @@
 """Callbacks that watch and protect transformer training, in any PyTorch Lightning project."""
 
 from lit_callbacks._recommended import recommended
+from lit_callbacks.activation_stats_monitor import ActivationStatsMonitor
+from lit_callbacks.attention_entropy_monitor import AttentionEntropyMonitor
+from lit_callbacks.dead_neuron_detector import DeadNeuronDetector
 from lit_callbacks.gradient_norm_logger import GradientNormLogger
 from lit_callbacks.loss_curve import LossCurve
 from lit_callbacks.non_finite_guard import NonFiniteError, NonFiniteGuard
+from lit_callbacks.parameter_stats_logger import ParameterStatsLogger
+from lit_callbacks.throughput_logger import ThroughputLogger
 
-__all__ = ["GradientNormLogger", "LossCurve", "NonFiniteError", "NonFiniteGuard", "recommended"]
+__all__ = [
+    "ActivationStatsMonitor",
+    "AttentionEntropyMonitor",
+    "DeadNeuronDetector",
+    "GradientNormLogger",
+    "LossCurve",
+    "NonFiniteError",
+    "NonFiniteGuard",
+    "ParameterStatsLogger",
+    "ThroughputLogger",
+    "recommended",
+]

@@ -17,8 +17,8 @@ def run_folder(trainer: Trainer) -> Path:
 class EventLog:
     """Appends events on rank zero. A folder that cannot be written to costs the events and one warning, not the run."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._path = folder / "events.jsonl" if folder else None
+    def __init__(self, folder: Path | None = None, filename: str = "events.jsonl") -> None:
+        self._path = folder / filename if folder else None
         self._warned = False
 
     @rank_zero_only
@@ -39,4 +39,6 @@ class EventLog:
 
 def _plain(value: Any) -> Any:
     # JSON has no NaN and no infinity.
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

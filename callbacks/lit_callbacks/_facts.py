@@ -3,6 +3,7 @@
 Everything here stays on the device: nothing is computed until asked for, and nothing is read back to the host.
 """
 
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -10,17 +11,25 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_callbacks.functional import total_norm
+from lit_callbacks.functional import tensor_norms
+
+
+class Gradients(NamedTuple):
+    """The parameters of an optimizer that have a gradient; the fp32 L2 norm of each of these, and of all together."""
+
+    parameters: list[Tensor]
+    norms: Tensor
+    total: Tensor
 
 
 class StepFacts:
-    """Loss and gradient norm of the current optimizer step, on this rank."""
+    """Loss and gradient norms of the current optimizer step, on this rank."""
 
     def __init__(self) -> None:
         self._recorder: Callback | None = None
         self._step = -1
         self._losses: list[Tensor] = []
-        self._grad_norm: tuple[int, int, Tensor] | None = None
+        self._gradients: tuple[tuple[int, int], Gradients] | None = None
 
     def record_loss(self, recorder: Callback, step: int, loss: Tensor) -> None:
         """Remember a micro-batch's loss. Every callback that asks for losses reports it; only the first is heard."""
@@ -39,20 +48,29 @@ class StepFacts:
             return torch.zeros(0, device=trainer.strategy.root_device)
         # Lightning divides by accumulate_grad_batches, and the scaler multiplies, before the hook that shows the loss.
         losses = torch.stack([loss.reshape(()) for loss in self._losses]).float() * trainer.accumulate_grad_batches
-        scale = amp_scale(trainer, losses.device)
+        scale = amp_scale(trainer)
         return losses if scale is None else losses / scale
 
-    def grad_norm(self, trainer: Trainer, optimizer: Optimizer) -> Tensor:
-        """fp32 L2 norm of the unscaled, accumulated gradient of the optimizer's parameters before clipping."""
+    def gradients(self, trainer: Trainer, optimizer: Optimizer) -> Gradients:
+        """Norms of the unscaled, accumulated gradients of the optimizer's parameters before clipping."""
         key = (trainer.global_step, id(optimizer))
-        if self._grad_norm is None or self._grad_norm[:2] != key:
-            norm = total_norm([p.grad for p in parameters(optimizer) if p.grad is not None])
-            # Fused optimizers unscale inside step(), so their gradients are still multiplied here.
-            if getattr(optimizer, "_step_supports_amp_scaling", False):
-                scale = amp_scale(trainer, norm.device)
-                norm = norm if scale is None else norm / scale
-            self._grad_norm = (*key, norm)
-        return self._grad_norm[2]
+        if self._gradients is None or self._gradients[0] != key:
+            self._gradients = key, gradients_now(optimizer, amp_scale(trainer))
+        return self._gradients[1]
+
+    def grad_norm(self, trainer: Trainer, optimizer: Optimizer) -> Tensor:
+        """The norm of all of them together."""
+        return self.gradients(trainer, optimizer).total
+
+
+def gradients_now(optimizer: Optimizer, scale: Tensor | None = None) -> Gradients:
+    """The gradients as they are, with ``scale``, the factor of a GradScaler, taken out where it is still in them."""
+    with_gradient = [p for p in parameters(optimizer) if p.grad is not None]
+    norms = tensor_norms([p.grad for p in with_gradient if p.grad is not None])
+    # Fused optimizers unscale inside step(), so until then their gradients are multiplied.
+    if scale is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        norms = norms / scale
+    return Gradients(with_gradient, norms, torch.linalg.vector_norm(norms))
 
 
 def parameters(optimizer: Optimizer) -> list[Tensor]:
@@ -66,11 +84,12 @@ def has_scaler(trainer: Trainer) -> bool:
     return scaler is not None and bool(scaler.is_enabled())
 
 
-def amp_scale(trainer: Trainer, device: torch.device) -> Tensor | None:
+def amp_scale(trainer: Trainer) -> Tensor | None:
     """The GradScaler's factor on the device, without the host sync of ``get_scale()``; None when there is no scaler."""
     if not has_scaler(trainer):
         return None
-    scaled: Tensor = trainer.precision_plugin.scaler.scale(torch.ones((), device=device))  # type: ignore[attr-defined]
+    one = torch.ones((), device=trainer.strategy.root_device)
+    scaled: Tensor = trainer.precision_plugin.scaler.scale(one)  # type: ignore[attr-defined]
     return scaled
 
 

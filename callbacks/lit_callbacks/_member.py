@@ -59,7 +59,15 @@ def arrange(trainer: Trainer) -> None:
 def publish(
     trainer: Trainer, pl_module: LightningModule, step: int, values: Mapping[str, float], summary: Iterable[str]
 ) -> None:
-    """Send values to every logger in one call, and the summary keys to where ModelCheckpoint and EarlyStopping look."""
+    """Send values to every logger in one call, and the summary keys to where ModelCheckpoint and EarlyStopping look.
+
+    In ``validate`` and ``test`` Lightning does the logging, so that the values are in what those print and return.
+    """
+    if trainer.state.fn != "fit":
+        several_ranks = trainer.world_size > 1
+        for key, value in values.items():
+            pl_module.log(key, value, on_step=False, on_epoch=True, sync_dist=several_ranks)
+        return
     for logger in trainer.loggers:
         logger.log_metrics(dict(values), step=step)
     for key in summary:

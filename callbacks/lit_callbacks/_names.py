@@ -2,6 +2,8 @@
 
 import re
 
+# A model with adapters of peft is at `base_model.model`, and a linear layer with them at its own `base_layer`.
+_PEFT = re.compile(r"\bbase_model\.model\.|\bbase_model\.model$|\.base_layer\b")
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
@@ -11,8 +13,10 @@ def clean_name(name: str) -> str:
     Example:
         >>> clean_name("module._orig_mod.blocks.0._checkpoint_wrapped_module.attention.weight")
         'blocks.0.attention.weight'
+        >>> clean_name("net.base_model.model.layers.0.q_proj.base_layer.weight")
+        'net.layers.0.q_proj.weight'
     """
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    parts = [part for part in _PEFT.sub("", name).split(".") if part not in _WRAPPERS]
     return ".".join(parts[1:] if parts[0:1] == ["module"] and len(parts) > 1 else parts)
 
 

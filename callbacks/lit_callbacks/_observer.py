@@ -1,85 +1,97 @@
 """The base of every callback that looks and changes nothing."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lit_callbacks import _ranks
+from lit_callbacks._cadence import Cadence
+from lit_callbacks._events import EventLog, run_folder
 from lit_callbacks._member import Member, publish
+from lit_callbacks._ranks import Measurement
+
+T = TypeVar("T")
 
 
 class Observer(Member, ABC):
-    """Measures on every ``every_n_steps``-th optimizer step, and is switched off, not fatal, when that fails.
+    """Measures every ``every_n_steps`` optimizer steps, and is switched off, not fatal, when that fails on any rank.
 
-    An optimizer is measured at its first step at or after each multiple of ``every_n_steps``: with one optimizer when
-    ``global_step % every_n_steps == 0``; with several, each gets its turn.
+    A subclass measures in its hooks, under :meth:`attempt`, and then calls :meth:`report` on every rank.
     """
 
     order = 0
 
     def __init__(self, every_n_steps: int) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        self.cadence = Cadence(every_n_steps)
         self.every_n_steps = every_n_steps
-        self._before_start = -1
-        self._last_period: dict[int, int] = {}
-        self._failed = False
+        self.events = EventLog()
+        self.off = False
+        self._error = ""
 
     @abstractmethod
-    def measure(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> dict[str, Tensor]:
-        """This rank's values, 0-d tensors under the same keys on every rank.
-
-        No collectives here: a rank that raises would leave the others waiting.
-        """
+    def summarise(self, total: Measurement) -> dict[str, Tensor]:
+        """The values to record, 0-d tensors by metric key, from what all ranks measured together."""
 
     def record(self, trainer: Trainer, pl_module: LightningModule, step: int, values: dict[str, float]) -> None:
-        """Do something with the values, averaged over ranks: by default, log them."""
+        """Do something with the values, which all ranks share: by default, log them."""
         publish(trainer, pl_module, step, values, summary=self.summary(values))
 
-    def summary(self, values: dict[str, float]) -> list[str]:
+    def summary(self, values: Mapping[str, float]) -> list[str]:
         """The few keys that ModelCheckpoint and EarlyStopping may monitor."""
         return []
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """A new fit is a new chance; find the run folder while all ranks are here."""
+        super().setup(trainer, pl_module, stage)
+        self.off, self._error = False, ""
+        self.events = EventLog(run_folder(trainer))
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin counting, also in the middle of a resumed run."""
-        self._before_start = (trainer.global_step - 1) // self.every_n_steps
-        self._last_period = {}
-        self._failed = False
+        self.cadence.start(trainer.global_step)
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Due? Measure, agree that all ranks could, record."""
-        step = trainer.global_step
-        period = step // self.every_n_steps
-        if period == self._last_period.get(id(optimizer), self._before_start) or self._failed:
-            return
-        self._last_period[id(optimizer)] = period
-
-        values: dict[str, Tensor] = {}
-        error = ""
+    def attempt(self, function: Callable[..., T], *args: Any) -> T | None:
+        """Call a part of the measurement; an error is kept until all ranks can agree that it is over."""
+        if self.off or self._error:
+            return None
         try:
-            values = self.measure(trainer, pl_module, optimizer)
+            return function(*args)
         except Exception as exception:
-            error = f"{type(exception).__name__}: {exception}"
-        if self._any_rank_failed(trainer, error) or not values:
-            return
-        reduced = _ranks.mean(trainer, torch.stack([value.float() for value in values.values()]))
-        self.record(trainer, pl_module, step, dict(zip(values, reduced.tolist(), strict=True)))
+            self._error = f"{type(exception).__name__}: {exception}"
+            return None
 
-    def _any_rank_failed(self, trainer: Trainer, error: str) -> bool:
-        if trainer.world_size > 1:
-            flag = torch.tensor(float(bool(error)), device=trainer.strategy.root_device)
-            self._failed = bool(_ranks.largest(trainer, flag))
-        else:
-            self._failed = bool(error)
-        if self._failed:
-            errors = _ranks.gather(trainer, error)
-            rank = next(rank for rank, text in enumerate(errors) if text)
-            rank_zero_warn(
-                f"{type(self).__name__} is off for the rest of this fit, on all ranks: its measurement at step "
-                f"{trainer.global_step} failed on rank {rank} with {errors[rank]}"
-            )
-        return self._failed
+    def report(
+        self, trainer: Trainer, pl_module: LightningModule, step: int, measure: Callable[[], Measurement | None]
+    ) -> None:
+        """Agree that all ranks could measure, combine, and record. All ranks must call this together."""
+        if self.off:
+            return
+        measurement = self.attempt(measure) or Measurement()
+        failed, differ = _ranks.any_failed(trainer, bool(self._error), measurement)
+        if failed:
+            self._switch_off(trainer, step)
+            return
+        total = _ranks.combine(trainer, measurement, differ)
+        self.attempt(lambda: self.read(trainer, pl_module, step, self.summarise(total)))
+        if self._error and trainer.world_size == 1:  # with more ranks, they agree on it at the next report
+            self._switch_off(trainer, step)
+
+    def read(self, trainer: Trainer, pl_module: LightningModule, step: int, values: dict[str, Tensor]) -> None:
+        """Bring the values to the host, in one transfer, and record them."""
+        if values:
+            read = torch.stack([value.float() for value in values.values()]).tolist()
+            self.record(trainer, pl_module, step, dict(zip(values, read, strict=True)))
+
+    def _switch_off(self, trainer: Trainer, step: int) -> None:
+        self.off = True
+        errors = _ranks.gather(trainer, self._error)
+        rank = next(rank for rank, error in enumerate(errors) if error)
+        rank_zero_warn(
+            f"{type(self).__name__} is off for the rest of this run, on all ranks: its measurement at step {step} "
+            f"failed on rank {rank} with {errors[rank]}"
+        )

@@ -1,7 +1,10 @@
 """Values over all ranks. Every rank must call these together; on one rank they change nothing."""
 
-from typing import TypeVar
+import zlib
+from collections.abc import Mapping
+from typing import NamedTuple, TypeVar
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import Tensor
@@ -9,18 +12,17 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+class Measurement(NamedTuple):
+    """One rank's part of a measurement: floating-point tensors by name, to be added up and to be maximised."""
+
+    sums: Mapping[str, Tensor] = {}
+    maxima: Mapping[str, Tensor] = {}
+
+
 def largest(trainer: Trainer, values: Tensor) -> Tensor:
     """Elementwise maximum over ranks."""
     if trainer.world_size > 1:
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return values
-
-
-def mean(trainer: Trainer, values: Tensor) -> Tensor:
-    """Elementwise mean over ranks."""
-    if trainer.world_size > 1:
-        dist.all_reduce(values)
-        values = values / trainer.world_size
     return values
 
 
@@ -31,3 +33,63 @@ def gather(trainer: Trainer, item: T) -> list[T]:
     items: list[T] = [item] * trainer.world_size
     dist.all_gather_object(items, item)
     return items
+
+
+def any_failed(trainer: Trainer, failed: bool, measurement: Measurement) -> tuple[bool, bool]:
+    """Whether any rank failed, and whether the ranks measured different things, in one small collective."""
+    if trainer.world_size == 1:
+        return failed, False
+    # 20 bits, which fp32 holds exactly; a rank's key is the same as every other's if the largest is the smallest.
+    key = zlib.crc32(repr(_shapes(measurement)).encode()) % 2**20
+    flags = torch.tensor([float(failed), key, -key], device=trainer.strategy.root_device, dtype=torch.float32)
+    any_rank, highest, negated_lowest = largest(trainer, flags).tolist()
+    return bool(any_rank), highest != -negated_lowest
+
+
+def combine(trainer: Trainer, measurement: Measurement, differ: bool) -> Measurement:
+    """The measurement over all ranks; what a rank did not see, because its batch took another way, counts as nothing.
+
+    Args:
+        trainer: The trainer.
+        measurement: This rank's part.
+        differ: Whether the ranks' names or shapes differ, as :func:`any_failed` says.
+    """
+    if trainer.world_size == 1:
+        return measurement
+    names: dict[str, dict[str, list[int]]] = _shapes(measurement)
+    if differ:
+        for other in gather(trainer, names):
+            for kind, shapes in other.items():
+                names[kind] = shapes | names[kind]
+        names = {kind: dict(sorted(shapes.items())) for kind, shapes in names.items()}
+    device = trainer.strategy.root_device
+    return Measurement(
+        _reduce(names["sums"], measurement.sums, 0.0, dist.ReduceOp.SUM, device),
+        _reduce(names["maxima"], measurement.maxima, -torch.inf, dist.ReduceOp.MAX, device),
+    )
+
+
+def _shapes(measurement: Measurement) -> dict[str, dict[str, list[int]]]:
+    return {
+        kind: {name: list(tensor.shape) for name, tensor in getattr(measurement, kind).items()}
+        for kind in ("sums", "maxima")
+    }
+
+
+def _reduce(
+    names: Mapping[str, list[int]],
+    values: Mapping[str, Tensor],
+    nothing: float,
+    operation: object,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    if not names:
+        return {}
+    parts = [
+        values[name].to(device, torch.float32) if name in values else torch.full(shape, nothing, device=device)
+        for name, shape in names.items()
+    ]
+    flat = torch.cat([part.reshape(-1) for part in parts])
+    dist.all_reduce(flat, op=operation)
+    split = flat.split([part.numel() for part in parts])
+    return {name: piece.view(part.shape) for name, piece, part in zip(names, split, parts, strict=True)}

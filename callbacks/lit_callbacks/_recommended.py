@@ -2,16 +2,30 @@
 
 from lightning.pytorch import Callback
 
+from lit_callbacks.activation_stats_monitor import ActivationStatsMonitor
+from lit_callbacks.attention_entropy_monitor import AttentionEntropyMonitor
+from lit_callbacks.dead_neuron_detector import DeadNeuronDetector
 from lit_callbacks.gradient_norm_logger import GradientNormLogger
 from lit_callbacks.loss_curve import LossCurve
 from lit_callbacks.non_finite_guard import NonFiniteGuard
+from lit_callbacks.parameter_stats_logger import ParameterStatsLogger
+from lit_callbacks.throughput_logger import ThroughputLogger
 
 
 def recommended() -> list[Callback]:
     """New instances of the callbacks that every run should have, with their defaults.
 
     Example:
-        >>> [type(callback).__name__ for callback in recommended()]
-        ['GradientNormLogger', 'NonFiniteGuard', 'LossCurve']
+        >>> "NonFiniteGuard" in [type(callback).__name__ for callback in recommended()]
+        True
     """
-    return [GradientNormLogger(), NonFiniteGuard(), LossCurve()]
+    return [
+        ThroughputLogger(),
+        GradientNormLogger(),
+        AttentionEntropyMonitor(),
+        DeadNeuronDetector(),
+        ActivationStatsMonitor(),
+        ParameterStatsLogger(),
+        LossCurve(),
+        NonFiniteGuard(),
+    ]

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lit_callbacks._events import run_folder
 from lit_callbacks._facts import facts_of
 from lit_callbacks._observer import Observer
+from lit_callbacks._ranks import Measurement
 from lit_callbacks.functional import centered_mean
 
 MAX_POINTS = 2000
@@ -81,10 +82,18 @@ class LossCurve(Observer):
         """Let the shared facts see the loss."""
         facts_of(trainer).record_loss(self, trainer.global_step, loss)
 
-    def measure(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> dict[str, Tensor]:
-        """The loss of this step."""
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Due? Keep the loss of this step."""
+        if optimizer is trainer.optimizers[0] and self.cadence.due(trainer.global_step):
+            self.report(trainer, pl_module, trainer.global_step, lambda: self._measure(trainer))
+
+    def _measure(self, trainer: Trainer) -> Measurement:
         losses = facts_of(trainer).losses(trainer)
-        return {"loss": losses.mean()} if len(losses) and optimizer is trainer.optimizers[0] else {}
+        return Measurement({"loss": losses.sum(), "count": losses.new_tensor(len(losses))} if len(losses) else {})
+
+    def summarise(self, total: Measurement) -> dict[str, Tensor]:
+        """The mean over micro-batches and ranks."""
+        return {"loss": total.sums["loss"] / total.sums["count"]} if total.sums else {}
 
     def record(self, trainer: Trainer, pl_module: LightningModule, step: int, values: dict[str, float]) -> None:
         """Keep it."""

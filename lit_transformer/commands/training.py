@@ -26,7 +26,7 @@ from lit_transformer.run.loggers import make_loggers
 from lit_transformer.run.precision import choose_precision
 from lit_transformer.run.predictions import PredictionsFile
 from lit_transformer.run.progress import RunProgress
-from lit_transformer.run.report import FitReport, resume_command
+from lit_transformer.run.report import FitReport, metrics_table, resume_command
 from lit_transformer.run.resume import check_same_configuration, load_checkpoint
 from lit_transformer.run.saved_config import SavedConfig
 
@@ -106,6 +106,9 @@ class TrainingCLI(LightningCLI):
         settings = self.settings
         if settings.checkpoint_every_n_steps < 1:
             raise UsageError(f"checkpoint_every_n_steps must be at least 1, got {settings.checkpoint_every_n_steps}")
+        self.shows_metrics = bool(settings.get("verbose"))
+        if self.shows_metrics:
+            settings.verbose = False  # Lightning's table cuts the names of layers off
         self.precision_reason = "as configured"
         if settings.trainer.precision is None:
             settings.trainer.precision, self.precision_reason = choose_precision(settings.trainer.accelerator)
@@ -198,6 +201,16 @@ class TrainingCLI(LightningCLI):
         if self.checkpoint is not None and self.trainer.global_step == self.checkpoint["global_step"]:
             print(f"The run is at step {self.trainer.global_step} already; to go on, raise --trainer.max_steps.")
         self.report.print_places()
+
+    def after_validate(self) -> None:
+        """Say what was found."""
+        if self.shows_metrics and self.trainer.is_global_zero:
+            print(metrics_table(self.trainer.callback_metrics, "val"))
+
+    def after_test(self) -> None:
+        """Say what was found."""
+        if self.shows_metrics and self.trainer.is_global_zero:
+            print(metrics_table(self.trainer.callback_metrics, "test"))
 
 
 def run_training_command(words: list[str]) -> None:

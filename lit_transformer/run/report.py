@@ -2,9 +2,11 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from lit_transformer.nn import generate
 from lit_transformer.run.folder import RunFolder
@@ -87,6 +89,23 @@ class FitReport(Callback):
             f"{config.n_layers} layers x {config.d_model}, {config.n_heads} heads, {config.norm_placement}-norm, "
             f"{config.positions} positions"
         )
+
+
+def metrics_table(metrics: Mapping[str, Tensor], first: str) -> str:
+    """One metric a line, a blank line between sections; the section ``first`` comes first.
+
+    Example:
+        >>> import torch
+        >>> print(metrics_table({"a/b": torch.tensor(1.0), "val/loss": torch.tensor(0.25)}, first="val"))
+        val/loss  0.25000
+        <BLANKLINE>
+        a/b       1.00000
+    """
+    width = max(map(len, metrics), default=0)
+    sections: dict[str, list[str]] = {first: []}
+    for key in sorted(metrics):
+        sections.setdefault(key.partition("/")[0], []).append(f"{key:<{width}}  {float(metrics[key]):.5f}")
+    return "\n\n".join("\n".join(lines) for lines in sections.values() if lines)
 
 
 def resume_command(run: RunFolder, root: Path) -> str:

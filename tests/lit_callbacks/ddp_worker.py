@@ -9,8 +9,19 @@ from pathlib import Path
 import torch
 
 from helpers import MemoryLogger, TinyLM, TokensWithIds, make_trainer
-from lit_callbacks import GradientNormLogger, LossCurve, NonFiniteError, NonFiniteGuard
+from lit_callbacks import (
+    ActivationStatsMonitor,
+    AttentionEntropyMonitor,
+    DeadNeuronDetector,
+    GradientNormLogger,
+    LossCurve,
+    NonFiniteError,
+    NonFiniteGuard,
+    ParameterStatsLogger,
+    ThroughputLogger,
+)
 from lit_callbacks._observer import Observer
+from lit_callbacks._ranks import Measurement
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), 2
 
@@ -32,16 +43,56 @@ class FailsOnRankOne(Observer):
         super().__init__(every_n_steps=1)
         self.measured = 0
 
-    def measure(self, trainer, pl_module, optimizer):
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.report(trainer, pl_module, trainer.global_step, self.measure)
+
+    def measure(self):
         self.measured += 1
         if RANK == 1 and self.measured == 2:
             raise ZeroDivisionError("only here")
-        return {"value": torch.tensor(float(RANK))}
+        return Measurement({"value": torch.tensor(RANK / WORLD)})
+
+    def summarise(self, total):
+        return dict(total.sums)
 
 
-def fit(callbacks, root, faults=None, **options):
+class Complementary(TinyLM):
+    """A ReLU layer of which unit 0 is silent on rank 0 only, unit 1 on rank 1 only, and unit 2 on both."""
+
+    def __init__(self):
+        super().__init__(lr=0.0, weight_decay=0.0)
+        self.blocks.append(torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 16)))
+
+    def training_step(self, batch, batch_idx):
+        up = self.blocks[2][0]
+        with torch.no_grad():
+            up.weight[:3], up.bias[:3] = 0, 1.0
+            up.bias[RANK] = up.bias[2] = -1.0
+        return super().training_step(batch, batch_idx)
+
+
+class OneBranch(TinyLM):
+    """Rank 1 never runs the second block."""
+
+    def loss(self, batch):
+        if RANK == 1:
+            with torch.no_grad():
+                self.blocks[1].attention.weight.zero_()
+            self.blocks[1].forward = lambda x: x + 0 * x @ self.blocks[1].attention.weight[:16]
+        return super().loss(batch)
+
+
+OBSERVERS = [
+    lambda: AttentionEntropyMonitor(1, per_head=True),
+    lambda: DeadNeuronDetector(1, window_tokens=1),
+    lambda: ActivationStatsMonitor(1),
+    lambda: ParameterStatsLogger(1),
+]
+
+
+def fit(callbacks, root, faults=None, module=None, **options):
     torch.manual_seed(0)
-    module, logger = TinyLM(), MemoryLogger()
+    module, logger = (module or TinyLM)(), MemoryLogger()
     trainer = make_trainer(
         strategy="ddp", devices=WORLD, use_distributed_sampler=False, logger=logger, callbacks=callbacks,
         default_root_dir=root, **{"max_epochs": 1, **options},
@@ -74,6 +125,12 @@ def main(out):
         facts["failing"] = fit([failing], out / "failing")
     facts["failing"]["measured"] = failing.measured
     facts["failing"]["warned"] = [str(w.message) for w in caught if "is off" in str(w.message)]
+    facts["observers"] = fit([make() for make in OBSERVERS], out / "observers")
+    facts["plain"] = fit([], out / "plain")
+    facts["complementary"] = fit([DeadNeuronDetector(1, window_tokens=1)], out / "dead", module=Complementary)
+    monitors = [AttentionEntropyMonitor(1), ActivationStatsMonitor(1)]
+    facts["one_branch"] = fit(monitors, out / "branch", module=OneBranch)
+    facts["throughput"] = fit([ThroughputLogger(2)], out / "throughput", accumulate_grad_batches=2)
     (out / f"rank_{RANK}.json").write_text(json.dumps(facts))
 
 

@@ -18,6 +18,8 @@ import lit_callbacks
 from helpers import MemoryLogger, OldTinyLM, TinyLM, assert_identical, loader, snapshot
 from lit_callbacks._observer import Observer
 
+pytestmark = pytest.mark.filterwarnings("ignore:step .* the gradient is not finite")
+
 PACKAGE = Path(lit_callbacks.__file__).parent
 PUBLIC = [getattr(lit_callbacks, name) for name in lit_callbacks.__all__]
 CALLBACKS = [thing for thing in PUBLIC if inspect.isclass(thing) and issubclass(thing, Callback)]
@@ -25,12 +27,22 @@ OBSERVERS = [cls for cls in CALLBACKS if issubclass(cls, Observer)]
 
 # Other arguments than the defaults, and arguments to refuse.
 OTHER = {
-    "GradientNormLogger": {"every_n_steps": 1},
+    "ActivationStatsMonitor": {"modules": "blocks.*"},
+    "AttentionEntropyMonitor": {"every_n_steps": 1, "collapse_ratio": 0.3},
+    "DeadNeuronDetector": {"every_n_steps": 1, "window_tokens": 1},
+    "GradientNormLogger": {"every_n_steps": 1, "groups": ["parameters", "*.bias"]},
+    "ParameterStatsLogger": {"every_n_steps": 1, "groups": ["kinds"]},
+    "ThroughputLogger": {"every_n_steps": 1},
     "NonFiniteGuard": {"patience": 4},
     "LossCurve": {"filename": "b.png"},
 }
 BAD = {
-    "GradientNormLogger": [{"every_n_steps": 0}],
+    "ActivationStatsMonitor": [{"every_n_steps": 0}, {"modules": ""}],
+    "AttentionEntropyMonitor": [{"every_n_steps": 0}, {"collapse_ratio": 1.0}, {"uniform_after": 0}],
+    "DeadNeuronDetector": [{"every_n_steps": 0}, {"tau": 1.0}, {"tau": 0}, {"window_tokens": 0}],
+    "GradientNormLogger": [{"every_n_steps": 0}, {"groups": [""]}, {"vanishing_rms": -1.0}, {"exploding_ratio": 1.0}],
+    "ParameterStatsLogger": [{"every_n_steps": 0}, {"groups": [""]}],
+    "ThroughputLogger": [{"every_n_steps": 0}],
     "NonFiniteGuard": [{"patience": 0}],
     "LossCurve": [{"every_n_steps": -1}, {"filename": "folder/name.png"}],
 }
@@ -58,8 +70,15 @@ def hooks(module):
 
 
 def documented_keys(cls):
+    """Key to description; a key may hold <layer> or <group>."""
     section = inspect.getdoc(cls).partition("\nLogs")[2].partition("\nArgs:")[0]
-    return set(re.findall(r"^    (\w+/\S+):", section, re.MULTILINE))
+    found = re.split(r"^    (\w+/\S+): ", section, flags=re.MULTILINE)[1:]
+    return dict(zip(found[::2], found[1::2], strict=True))
+
+
+def undocumented(cls, keys):
+    patterns = [re.sub(r"<\w+>", r"\\w+", key) for key in documented_keys(cls)]
+    return {key for key in keys if not any(re.fullmatch(pattern, key) for pattern in patterns)}
 
 
 @each
@@ -68,14 +87,14 @@ def test_arguments_have_defaults_plain_annotations_and_attributes_of_their_name(
     for name, parameter in inspect.signature(cls).parameters.items():
         assert getattr(callback, name) == parameter.default
     hints = typing.get_type_hints(cls.__init__)
-    assert set(hints.values()) <= {int, float, str, bool, type(None)}
+    assert set(hints.values()) <= {int, float, str, bool, type(None), str | None, list[str] | None}
 
 
 @each
 def test_bad_arguments_are_refused_by_value(cls):
     for arguments in BAD[cls.__name__]:
         (name, value), *_ = arguments.items()
-        with pytest.raises(ValueError, match=f"{name} must be .*got {value!r}"):
+        with pytest.raises(ValueError, match=f"{name} must be .*got {re.escape(repr(value))}"):
             cls(**arguments)
 
 
@@ -114,9 +133,15 @@ def test_survives_pickle_before_and_after_two_fits(cls, make_trainer):
 
 @each
 def test_validates_and_tests_on_their_own(cls, make_trainer):
-    trainer = make_trainer(callbacks=[cls()])
-    trainer.validate(TinyLM(), loader(), verbose=False)
-    trainer.test(TinyLM(), loader(), verbose=False)
+    logger = MemoryLogger()
+    trainer = make_trainer(callbacks=[cls()], logger=logger)
+    (validated,) = trainer.validate(TinyLM(), loader(), verbose=False)
+    (tested,) = trainer.test(TinyLM(), loader(), verbose=False)
+    measured = set(validated) - {"val/loss"}
+    assert measured == set(tested) - {"test/loss"}
+    assert undocumented(cls, measured) == set()
+    assert bool(measured) == (cls in OBSERVERS and "``validate``" in inspect.getdoc(cls))
+    assert measured <= {key for _, metrics in logger.calls for key in metrics}
 
 
 @each
@@ -166,10 +191,22 @@ def test_observers_change_nothing(cls, make_trainer, precision):
 @each
 def test_emits_the_keys_it_documents(cls, make_trainer):
     logger = MemoryLogger()
-    trainer = make_trainer(max_steps=4, callbacks=[cls()], logger=logger)
+    options = {"window_tokens": 1} if cls is lit_callbacks.DeadNeuronDetector else {}
+    trainer = make_trainer(max_steps=4, callbacks=[cls(**options)], logger=logger)
     trainer.fit(TinyLM(), loader(faults=FAULT))
-    assert {key for _, metrics in logger.calls for key in metrics} == documented_keys(cls)
-    assert set(trainer.callback_metrics) == documented_keys(cls)
+    keys = {key for _, metrics in logger.calls for key in metrics}
+    assert undocumented(cls, keys) == set()
+    for key, description in documented_keys(cls).items():
+        sometimes = re.search("absent while|only on a GPU|only with|with ``histograms`` only", description)
+        assert sometimes or any(re.fullmatch(re.sub(r"<\w+>", r"\\w+", key), k) for k in keys), key
+    monitored = {key for key, description in documented_keys(cls).items() if "trainer.callback_metrics" in description}
+    assert set(trainer.callback_metrics) == monitored
+
+
+@each
+def test_metric_keys_have_a_section_and_a_plain_last_part(cls):
+    for key in documented_keys(cls):
+        assert re.fullmatch(r"[a-z_0-9]+/[A-Za-z0-9_<>]+", key)
 
 
 @each
@@ -199,6 +236,7 @@ def test_sources_import_only_what_they_may_and_never_print(path):
     third_party = imports - sys.stdlib_module_names
     if path.name == "functional.py":
         assert third_party == {"torch"}
-    assert third_party <= {"torch", "lightning", "torchmetrics", "lit_callbacks", "matplotlib"}
+    assert third_party <= {"torch", "lightning", "torchmetrics", "lit_callbacks", "matplotlib", "numpy", "wandb"}
     at_import = {n.module for n in tree.body if isinstance(n, ast.ImportFrom)}
-    assert not any(module.startswith("matplotlib") for module in at_import), "imported where it is used"
+    optional = ("matplotlib", "numpy", "wandb")
+    assert not any(module.startswith(optional) for module in at_import), "imported where it is used"

@@ -9,7 +9,14 @@ import torch
 
 import helpers
 from helpers import MemoryLogger, TinyLM, loader
-from lit_callbacks import GradientNormLogger, LossCurve
+from lit_callbacks import (
+    ActivationStatsMonitor,
+    AttentionEntropyMonitor,
+    DeadNeuronDetector,
+    GradientNormLogger,
+    LossCurve,
+    ParameterStatsLogger,
+)
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
 
@@ -72,3 +79,46 @@ def test_an_observer_that_raises_on_one_rank_is_off_on_all(ranks):
     assert rank_0["failing"]["logged"] == [[0, {"value": 0.5}]]
     assert len(rank_0["failing"]["warned"]) == 1
     assert "failed on rank 1 with ZeroDivisionError: only here" in rank_0["failing"]["warned"][0]
+
+
+def test_observers_measure_what_one_process_does_on_the_same_global_batch(ranks):
+    (rank_0, rank_1), out = ranks
+    torch.manual_seed(0)
+    logger = MemoryLogger()
+    observers = [
+        AttentionEntropyMonitor(1, per_head=True), DeadNeuronDetector(1, window_tokens=1), ActivationStatsMonitor(1),
+        ParameterStatsLogger(1),
+    ]  # fmt: skip
+    trainer = helpers.make_trainer(callbacks=observers, logger=logger, max_epochs=1, default_root_dir=out / "one")
+    trainer.fit(TinyLM(), loader(batch_size=8))
+    for rank in (rank_0, rank_1):
+        found = {(step, key): value for step, values in rank["observers"]["logged"] for key, value in values.items()}
+        expected = {(step, key): value for step, values in logger.calls for key, value in values.items()}
+        assert len(found) > 100
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert rank_0["observers"]["weights"] == rank_0["plain"]["weights"], "observers change nothing"
+
+
+def test_a_unit_is_dead_only_if_it_is_on_all_ranks(ranks):
+    (rank_0, rank_1), _ = ranks
+    for rank in (rank_0, rank_1):
+        values = rank["complementary"]["logged"][0][1]
+        assert values["dead_neurons/blocks_2_2"] == 1 / 8
+        assert values["dead_neurons/window_tokens"] == 64
+        assert values["weight_dead_neurons/blocks_2_2"] == pytest.approx(3 / 8)
+
+
+def test_a_layer_that_only_one_rank_ran_is_measured_and_nobody_hangs(ranks):
+    (rank_0, rank_1), _ = ranks
+    assert rank_0["one_branch"]["steps"] == rank_1["one_branch"]["steps"] == 8
+    assert rank_0["one_branch"]["logged"] == rank_1["one_branch"]["logged"]
+    values = rank_0["one_branch"]["logged"][0][1]
+    assert {"attention_entropy/blocks_0", "attention_entropy/blocks_1"} <= set(values)
+
+
+def test_throughput_adds_up_over_ranks(ranks):
+    (rank_0, rank_1), _ = ranks
+    tokens = [values["throughput/total_tokens"] for _, values in rank_0["throughput"]["logged"]]
+    assert tokens == [values["throughput/total_tokens"] for _, values in rank_1["throughput"]["logged"]]
+    assert tokens == [2 * 2 * 8 * 9, 4 * 2 * 8 * 9]  # steps, micro-batches, samples on all ranks, tokens
+    assert rank_0["throughput"]["logged"][0][1]["throughput/effective_batch_tokens"] == 2 * 8 * 9

@@ -1,5 +1,5 @@
-import copy
-import itertools
+import json
+import math
 import types
 
 import pytest
@@ -9,8 +9,18 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 
 from helpers import MemoryLogger, TinyLM, assert_identical, loader, snapshot
-from lit_callbacks import GradientNormLogger, LossCurve, NonFiniteGuard, recommended
+from lit_callbacks import (
+    ActivationStatsMonitor,
+    AttentionEntropyMonitor,
+    DeadNeuronDetector,
+    GradientNormLogger,
+    LossCurve,
+    NonFiniteGuard,
+    ParameterStatsLogger,
+    recommended,
+)
 from lit_callbacks._observer import Observer
+from lit_callbacks._ranks import Measurement
 
 
 class Failing(Observer):
@@ -20,17 +30,24 @@ class Failing(Observer):
         super().__init__(every_n_steps=2)
         self.measured = 0
 
-    def measure(self, trainer, pl_module, optimizer):
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if self.cadence.due(trainer.global_step):
+            self.report(trainer, pl_module, trainer.global_step, self.measure)
+
+    def measure(self):
         self.measured += 1
         if self.measured == 2:
             raise ZeroDivisionError("there is nothing to divide")
-        return {"failing/value": torch.tensor(1.0)}
+        return Measurement({"failing/value": torch.tensor(1.0)})
+
+    def summarise(self, total):
+        return dict(total.sums)
 
 
 def test_a_failing_measurement_is_switched_off_and_training_goes_on(make_trainer):
     failing, logger = Failing(), MemoryLogger()
     trainer = make_trainer(max_steps=9, callbacks=[failing], logger=logger)
-    match = "Failing is off for the rest of this fit, on all ranks: .* step 2 failed on rank 0 with ZeroDivisionError"
+    match = "Failing is off for the rest of this run, on all ranks: .* step 2 failed on rank 0 with ZeroDivisionError"
     with pytest.warns(UserWarning, match=match) as warned:
         trainer.fit(TinyLM(), loader())
     assert (trainer.global_step, failing.measured) == (9, 2)
@@ -74,24 +91,35 @@ def test_our_callbacks_are_sorted_within_their_places(make_trainer):
     assert before == [other, guard, curve, another, norm], "Lightning is iterating over this list"
 
 
+@pytest.mark.filterwarnings("ignore:step .* the gradient is not finite")
 def test_the_order_someone_wrote_does_not_matter(make_trainer, tmp_path):
+    def everyone():
+        return [
+            AttentionEntropyMonitor(1), GradientNormLogger(1), NonFiniteGuard(), DeadNeuronDetector(1), LossCurve(1),
+            ParameterStatsLogger(1), ActivationStatsMonitor(1),
+        ]  # fmt: skip
+
+    orders = [list(range(7)), list(range(7))[::-1], [3, 0, 6, 2, 5, 1, 4]]
     results = []
-    for order in itertools.permutations([GradientNormLogger(every_n_steps=1), NonFiniteGuard(), LossCurve(1)]):
+    for order in orders:
         torch.manual_seed(0)
-        callbacks, logger, module = copy.deepcopy(list(order)), MemoryLogger(), TinyLM(batch_norm=True)
+        callbacks, logger, module = everyone(), MemoryLogger(), TinyLM(batch_norm=True)
         root = tmp_path / str(len(results))
-        trainer = make_trainer(max_steps=8, callbacks=callbacks, logger=logger, default_root_dir=root)
-        trainer.fit(module, loader(faults={21: "nan"}))
-        curve = next(c for c in callbacks if isinstance(c, LossCurve))
-        numbers = torch.tensor(
-            [value for _, metrics in logger.calls for value in metrics.values()] + curve.train.values
+        trainer = make_trainer(
+            max_steps=8, callbacks=[callbacks[i] for i in order], logger=logger, default_root_dir=root
         )
-        results.append((snapshot(module, trainer), numbers, (root / "events.jsonl").read_text()))
-    assert len(results) == 6
-    assert results[0][1].isnan().sum() == 2
+        trainer.fit(module, loader(faults={21: "nan"}))
+        numbers = {(step, key): value for step, metrics in logger.calls for key, value in metrics.items()}
+        numbers |= dict(enumerate(callbacks[4].train.values))
+        events = sorted((root / "events.jsonl").read_text().splitlines())
+        results.append((snapshot(module, trainer), numbers, events))
+    assert math.isnan(results[0][1][5, "grad_norm/total"])
+    assert {json.loads(event)["event"] for event in results[0][2]} == {"skip", "alarm"}
     for state, numbers, events in results[1:]:
         assert_identical(state, results[0][0])
-        torch.testing.assert_close(numbers, results[0][1], rtol=0, atol=0, equal_nan=True)
+        assert numbers.keys() == results[0][1].keys()
+        values = [torch.tensor([n[key] for key in results[0][1]]) for n in (numbers, results[0][1])]
+        torch.testing.assert_close(*values, rtol=0, atol=0, equal_nan=True)
         assert events == results[0][2]
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -153,7 +154,11 @@ def test_resuming_goes_on_in_place_and_equals_the_undisturbed_run(cli):
     assert outcome.code == 0
     expected, resumed = weights("runs/a/checkpoints/last.ckpt"), weights(last)
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
-    assert read_metrics(Path("runs/a/metrics.csv")) == read_metrics(Path("runs/b/metrics.csv"))
+    metrics = [read_metrics(Path(f"runs/{run}/metrics.csv")) for run in "ab"]
+    assert metrics[0].keys() == metrics[1].keys()
+    assert {"train/loss", "grad_norm/total", "attention_entropy/min"} < metrics[0].keys()
+    timeless = [{k: v for k, v in m.items() if not k.startswith("throughput/")} for m in metrics]
+    assert timeless[0] == timeless[1]
     assert [path.name for path in Path("runs").iterdir() if path.name not in "ab"] == []
 
 
@@ -193,7 +198,14 @@ def test_evaluation_takes_the_checkpoints_configuration_and_flags_win(cli):
     assert f"{best:.5f}" in by_run.out
     checkpoint = next(Path("runs/a/checkpoints").glob("best*"))
     moved = checkpoint.rename("somewhere.ckpt")
-    assert "test/loss" in cli("test", "--ckpt_path", moved, "--data.init_args.batch_size", 2).out
+    tested = cli("test", "--ckpt_path", moved, "--data.init_args.batch_size", 2).out
+    assert re.search(r"^test/loss +\d\.\d{5}$", tested, re.MULTILINE)
+    for key in ("attention_entropy/model_blocks_0_attention_sublayer", "residual/rms_model_blocks_0"):
+        assert re.search(rf"^{key} +\d", tested, re.MULTILINE), key
+    assert (
+        "attention_entropy"
+        not in cli("test", "--ckpt_path", "somewhere.ckpt", "--attention_entropy_monitor", "null").out
+    )
 
 
 def test_predict_writes_a_score_per_block(cli):

@@ -1,4 +1,4 @@
-"""The mathematics of the callbacks: tensors in, tensors out, and no reading of values back to the host."""
+"""Norms of many tensors."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -50,30 +50,3 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """
     norm: Tensor = torch.linalg.vector_norm(tensor_norms(tensors))
     return norm
-
-
-def centered_mean(values: Tensor, reach: int) -> Tensor:
-    """Mean over ``reach`` neighbours on either side, for drawing a noisy curve.
-
-    The window shrinks towards the start, where a loss falls steeply, and is cut off at the end; non-finite values are
-    left out of it.
-
-    Args:
-        values: Shape ``(n,)``.
-        reach: Neighbours on either side.
-
-    Returns:
-        Shape ``(n,)``, fp64; NaN where a window holds no finite value.
-
-    Example:
-        >>> centered_mean(torch.tensor([1.0, 2.0, 6.0, float("nan"), 4.0]), reach=1)
-        tensor([1., 3., 4., 5., 4.], dtype=torch.float64)
-    """
-    finite = values.isfinite()
-    zero = torch.zeros(1, dtype=torch.float64)
-    sums = torch.cat([zero, values.double().where(finite, zero).cumsum(0)])
-    counts = torch.cat([zero, finite.double().cumsum(0)])
-    index = torch.arange(len(values))
-    reaches = index.clamp(max=reach)
-    low, high = index - reaches, (index + reaches + 1).clamp(max=len(values))
-    return (sums[high] - sums[low]) / (counts[high] - counts[low])

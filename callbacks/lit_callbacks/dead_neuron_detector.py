@@ -1,0 +1,202 @@
+"""Which hidden units have stopped doing anything?"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lit_callbacks._events import EventLog, run_folder
+from lit_callbacks._forward_observer import ForwardObserver
+from lit_callbacks._intercept import Call
+from lit_callbacks._names import metric_key
+from lit_callbacks._ranks import Measurement
+from lit_callbacks._units import UnitFollower, Units
+from lit_callbacks.functional import silent_units
+
+WEIGHT_DEAD = 1e-6
+"""A row of incoming weights with a smaller norm than this is dead."""
+
+TOKENS_PER_CALL = 1024
+"""Tokens of a layer that are looked at in a training forward pass, evenly spaced; all in ``validate`` and ``test``."""
+
+
+class DeadNeuronDetector(ForwardObserver):
+    r"""Log the shares of hidden units that are dead, dormant, or without weights: three quantities, never merged.
+
+    Over a window of tokens, a unit is *dead* if it was exactly zero on every one (Voita et al. 2023, *Neurons in Large
+    Language Models: Dead, N-gram, Positional*), which says something about ReLU and its relatives and hardly happens
+    with GELU and SiLU; :math:`\tau`-*dormant* if its mean activity :math:`E|a|` is at most :math:`\tau` times the mean
+    of its layer (Sokar et al., ICML 2023, *The Dormant Neuron Phenomenon in Deep Reinforcement Learning*), whatever the
+    activation; and *weight-dead* if the norm of its incoming weights is below 1e-6. A small window finds more dead
+    units than there are: its size is logged with them.
+
+    Hidden units are found at the activation functions: ReLU and its relatives, GELU, SiLU and others, called as
+    functions or as modules, and those that Hugging Face writes out. Of gated units, such as SwiGLU's, the product that
+    enters the down-projection counts. ``<layer>`` is the linear layer that the units enter. A model in which none are
+    seen gets a warning.
+
+    Logs, when a window is full, and for all batches together in ``validate`` and ``test``:
+        dead_neurons/<layer>: share of units that are dead.
+        dead_neurons/window_tokens: tokens that this is said of, over all ranks.
+        dormant_neurons/<layer>: share of units that are dormant.
+        dormant_persistence/<layer>: share of the last window's dormant units that are dormant again; absent while there
+            is no last window, or none were.
+        weight_dead_neurons/<layer>: share of rows with a norm below 1e-6, of the matrices that make the units; absent
+            where these were not seen.
+
+    Args:
+        every_n_steps: Optimizer steps between measurements.
+        tau: Activity relative to the layer's mean up to which a unit is dormant.
+        window_tokens: Tokens, over all ranks and measured steps, that make a window.
+        write_indices: Also append the indices of dead and dormant units of each window to ``dead_neurons.jsonl`` in the
+            run folder.
+
+    Shapes:
+        Activations ``(..., units)``; padded tokens count like others.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    State: the window so far, and the last window's dormant units.
+
+    Cost: on measured steps a pass over at most 1024 tokens of each hidden layer and over the matrices before them, and
+    one read by the host; nothing on other steps.
+
+    Example:
+        >>> DeadNeuronDetector(tau=0.1).window_tokens
+        4096
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 50,
+        tau: float = 0.025,
+        window_tokens: int = 4096,
+        write_indices: bool = False,
+    ) -> None:
+        super().__init__(every_n_steps)
+        if not 0 < tau < 1:
+            raise ValueError(f"tau must be between 0 and 1, got {tau}")
+        if window_tokens < 1:
+            raise ValueError(f"window_tokens must be at least 1, got {window_tokens}")
+        self.tau = tau
+        self.window_tokens = window_tokens
+        self.write_indices = write_indices
+        self._window: dict[str, Tensor] = {}
+        self._window_step = 0
+        self._dormant: dict[str, list[int]] = {}
+        self._indices = EventLog()
+        self._all_tokens = False
+        self._warned = False
+        self.discard()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the run folder."""
+        super().setup(trainer, pl_module, stage)
+        self._all_tokens = stage != "fit"
+        self._warned = False
+        if self.write_indices:
+            self._indices = EventLog(run_folder(trainer), "dead_neurons.jsonl")
+
+    def discard(self) -> None:
+        """Forget what has been seen."""
+        self._follower: UnitFollower | None = None
+        self._activity: dict[str, Tensor] = {}
+        self._rows: dict[str, Tensor] = {}
+
+    def handlers(self) -> dict[Callable[..., Any], Callable[[Call], None]]:
+        """What a follower wants to see."""
+        follower = self._follower = self._follower or UnitFollower(self._found)
+        return {
+            function: lambda call, handler=handler: self.attempt(handler, call)  # type: ignore[misc]
+            for function, handler in follower.handlers().items()
+        }
+
+    def on_module(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Some activations are known by their module."""
+        if self._follower is not None:
+            self.attempt(self._follower.on_module, name, module, args, output)
+
+    def on_end(self) -> None:
+        """Units that entered no linear layer."""
+        if self._follower is not None:
+            self.attempt(self._follower.finish)
+            self._follower = None
+
+    @torch.no_grad()
+    def _found(self, name: str, units: Units) -> None:
+        values = units.values.detach().flatten(0, -2)
+        if not self._all_tokens:
+            values = values[:: -(-len(values) // TOKENS_PER_CALL)]
+        activity = values.float().abs().sum(0)
+        activity = torch.cat([activity, activity.new_full((1,), len(values))])
+        self._activity[name] = activity + self._activity[name] if name in self._activity else activity
+        if units.rows and name not in self._rows:
+            norms = torch.cat([torch.linalg.vector_norm(weight, dim=dim) for weight, dim in units.rows])
+            self._rows[name] = torch.stack([(norms < WEIGHT_DEAD).sum(), norms.new_tensor(len(norms))]).float()
+
+    def collected(self, trainer: Trainer) -> Measurement:
+        """Activities and row counts of this rank; the matrices are the same on all ranks, so each gives its share."""
+        if not self._activity and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                "DeadNeuronDetector saw no hidden units in this model: no activation function that it knows was called "
+                "between linear layers; there is nothing it could log."
+            )
+        rows = {f"rows {name}": counts for name, counts in self._rows.items()}
+        return Measurement({**self._activity, **rows})
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Remember which step the window ends with."""
+        if self._measuring:
+            self._window_step = trainer.global_step
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+
+    def summarise(self, total: Measurement) -> dict[str, Tensor]:
+        """Add to the window; its shares, if it is full."""
+        for name, values in total.sums.items():
+            counts_rows = name.startswith("rows ")
+            self._window[name] = values if counts_rows or name not in self._window else values + self._window[name]
+        tokens = [values[-1] for name, values in self._window.items() if not name.startswith("rows ")]
+        full = tokens and (self._all_tokens or torch.stack(tokens).min() >= self.window_tokens)
+        return self._close_window() if full else {}
+
+    def _close_window(self) -> dict[str, Tensor]:
+        sizes = [len(values) for values in self._window.values()]
+        on_host = torch.cat(list(self._window.values())).cpu().split(sizes)
+        window = dict(zip(self._window, on_host, strict=True))
+        self._window = {}
+        activities = {name: values for name, values in window.items() if not name.startswith("rows ")}
+        values = {"dead_neurons/window_tokens": min(activity[-1] for activity in activities.values())}
+        for name, activity in activities.items():
+            key, (dead, dormant) = metric_key(name), silent_units(activity[:-1], self.tau)
+            values[f"dead_neurons/{key}"] = dead.float().mean()
+            values[f"dormant_neurons/{key}"] = dormant.float().mean()
+            if before := self._dormant.get(name):
+                values[f"dormant_persistence/{key}"] = dormant[before].float().mean()
+            if f"rows {name}" in window:
+                dead_rows, rows = window[f"rows {name}"]
+                values[f"weight_dead_neurons/{key}"] = dead_rows / rows
+            self._dormant[name] = dormant.nonzero().flatten().tolist()
+            if self.write_indices and self._dormant[name]:
+                self._indices.write(
+                    step=self._window_step, layer=name, tokens=int(activity[-1]), units=len(dormant),
+                    dead=dead.nonzero().flatten().tolist(), dormant=self._dormant[name],
+                )  # fmt: skip
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window so far, and the last one's dormant units."""
+        return {
+            "window": {name: values.tolist() for name, values in self._window.items()},
+            "dormant": {name: list(units) for name, units in self._dormant.items()},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on filling the window."""
+        self._window = {name: torch.tensor(values) for name, values in state_dict["window"].items()}
+        self._dormant = {name: list(units) for name, units in state_dict["dormant"].items()}

@@ -1,0 +1,142 @@
+"""How large are the weights, and how far does a step move them?"""
+
+from collections.abc import Mapping
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lit_callbacks._facts import amp_scale, parameters
+from lit_callbacks._histograms import histogram, show_histogram
+from lit_callbacks._ranks import Measurement
+from lit_callbacks._step_observer import Step, StepObserver
+from lit_callbacks.functional import tensor_norms
+
+
+class ParameterStatsLogger(StepObserver):
+    r"""Log the norms of weights, and of the steps that the optimizer takes relative to them.
+
+    The update ratio of a group is :math:`\lVert w_{t+1} - w_t \rVert_2 / \lVert w_t \rVert_2`, where the difference is
+    the true one, taken across the optimizer's step: with weight decay, momentum, clipping and a skipped step as they
+    were. About 1e-3 is usual for Adam in mid-training; much more is unstable, much less is hardly learning.
+
+    With ``histograms``, W&B and TensorBoard loggers get one of the weights and one of the unclipped, unscaled,
+    accumulated gradients of each group; values that are not finite cannot be in a histogram, so their number is logged
+    beside it.
+
+    Logs, every ``every_n_steps`` optimizer steps, with ``_<i>`` at the end of each key if there are several optimizers;
+    in ``validate`` and ``test`` the norms of the weights, once:
+        param_norm/total: norm over all parameters of the optimizer. Also in ``trainer.callback_metrics``.
+        param_norm/<group>: norm over a group.
+        update_ratio/total: norm of the step over norm of the weights before it.
+        update_ratio/<group>: the same of a group.
+        param_nonfinite/<group>: NaNs and infinities among the weights of a group; with ``histograms`` only.
+        grad_nonfinite/<group>: NaNs and infinities among the gradients of a group; with ``histograms`` only.
+
+    Args:
+        every_n_steps: Optimizer steps between measurements.
+        groups: What ``<group>`` is, as in :class:`~lit_callbacks.GradientNormLogger`: layers and kinds by default.
+        histograms: Also send histograms to the loggers that can show them.
+
+    Raises:
+        ValueError: If ``every_n_steps`` is below 1; at fit start if a glob matches nothing; at setup under a strategy
+            that shards parameters.
+
+    State: none.
+
+    Cost: on measured steps a copy of the trainable parameters for the length of the optimizer's step, three passes over
+    them and one read by the host; histograms take some passes more and a read for each group.
+
+    Example:
+        >>> ParameterStatsLogger(groups=["kinds"]).histograms
+        False
+    """
+
+    def __init__(self, every_n_steps: int = 50, groups: list[str] | None = None, histograms: bool = False) -> None:
+        super().__init__(every_n_steps, groups)
+        self.histograms = histograms
+
+    def before(self, trainer: Trainer, step: Step) -> None:
+        """Keep the weights; and their histograms, while the gradient is not clipped."""
+        assert self.parameter_groups is not None
+        trained = [p for p in parameters(step.optimizer) if p.requires_grad]
+        step.found["before"] = [p.detach().clone() for p in trained]
+        step.found["trained"] = trained
+        step.found["present"] = set(self.parameter_groups.sort(trained))
+        step.found["weights"] = self.parameter_groups.place(trained, tensor_norms(step.found["before"]))
+        if self.histograms:
+            self._show_histograms(trainer, step)
+
+    def after(self, trainer: Trainer, step: Step) -> None:
+        """The norm of the step, taken right after it."""
+        assert self.parameter_groups is not None
+        before, trained = step.found.pop("before"), step.found.pop("trained")
+        torch._foreach_sub_(before, [p.detach() for p in trained])
+        step.found["updates"] = self.parameter_groups.place(trained, tensor_norms(before))
+
+    def _show_histograms(self, trainer: Trainer, step: Step) -> None:
+        assert self.parameter_groups is not None
+        scale = amp_scale(trainer) if getattr(step.optimizer, "_step_supports_amp_scaling", False) else None
+        step.found["nonfinite"] = {}
+        for name, members in self.parameter_groups.sort(step.found["trained"]).items():
+            gradients = [p.grad if scale is None else p.grad / scale for p in members if p.grad is not None]
+            for prefix, tensors in (("param", members), ("grad", gradients)):
+                shown = histogram(tensors)
+                step.found["nonfinite"][f"{prefix}_nonfinite/{name}{step.suffix}"] = float(shown.nonfinite)
+                if tensors and trainer.is_global_zero:
+                    show_histogram(trainer, step.number, f"{prefix}_histogram/{name}{step.suffix}", shown)
+
+    def found(self, trainer: Trainer, step: Step) -> Measurement:
+        """Squares, which add up over ranks: each holds all parameters, so each gives its share."""
+        if "before" in step.found:  # the step was not taken
+            self.after(trainer, step)
+        return self._squares(trainer, weights=step.found["weights"], updates=step.found["updates"])
+
+    def _squares(self, trainer: Trainer, **norms: Tensor) -> Measurement:
+        assert self.parameter_groups is not None
+        sums = {}
+        for name, values in norms.items():
+            squares = values.square() / trainer.world_size
+            sums[name] = torch.cat([squares.sum().view(1), self.parameter_groups.sums(squares)])
+        return Measurement(sums)
+
+    def summarise(self, total: Measurement) -> dict[str, Tensor]:
+        """Norms and ratios, by name."""
+        assert self.parameter_groups is not None
+        suffix, nonfinite = "", {}
+        present = set(self.parameter_groups.names)
+        if self.step is not None:
+            suffix, nonfinite = self.step.suffix, self.step.found.get("nonfinite", {})
+            present = self.step.found["present"]
+        weights = total.sums["weights"].sqrt()
+        sets = {"param_norm": weights}
+        if "updates" in total.sums:
+            sets["update_ratio"] = total.sums["updates"].sqrt() / weights
+        return {
+            f"{metric}/{name}{suffix}": value
+            for metric, values in sets.items()
+            for name, value in zip(["total", *self.parameter_groups.names], values.unbind(), strict=True)
+            if name == "total" or name in present
+        } | {key: torch.tensor(value, device=weights.device) for key, value in nonfinite.items()}
+
+    def summary(self, values: Mapping[str, float]) -> list[str]:
+        """The norm of all weights."""
+        return [key for key in values if key.startswith("param_norm/total")]
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """In ``validate``, report the weights."""
+        if trainer.state.fn == "validate":
+            self._report_weights(trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report the weights."""
+        self._report_weights(trainer, pl_module)
+
+    def _report_weights(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        def measure() -> Measurement:
+            norms = self._group(pl_module).place(
+                list(pl_module.parameters()), tensor_norms(list(pl_module.parameters()))
+            )
+            return self._squares(trainer, weights=norms)
+
+        self.report(trainer, pl_module, trainer.global_step, measure)

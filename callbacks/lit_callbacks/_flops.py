@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+
+from lit_callbacks._intercept import Listener, interceptor_of
 
 _SIZE, _REPEATS = 1024, 5
 
@@ -37,6 +39,30 @@ class FlopCount:
         """The number of operations."""
         self._mode.__exit__(None, None, None)
         return int(self._mode.get_total_flops())
+
+
+class ForwardFlops(Listener):
+    """Counts one forward pass of a fit; compiled modules run eagerly meanwhile, so that there is something to count."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.begun = self._open = False
+        self._count: FlopCount | None = None
+
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The first forward pass is about to begin."""
+        self.begun = self._open = True
+        interceptor_of(trainer).add(self, pl_module)
+        self._count = FlopCount()
+
+    def end(self, trainer: Trainer) -> None:
+        """It is over, or never came."""
+        if not self._open:
+            return
+        self._open = False
+        if self._count is not None:
+            self.total, self._count = self._count.stop(), None
+        interceptor_of(trainer).remove(self)
 
 
 def _safe(formula: Callable[..., int]) -> Callable[..., int]:

@@ -6,12 +6,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_callbacks._evaluation import EvaluationHooks
 from lit_callbacks._intercept import Listener, interceptor_of
 from lit_callbacks._observer import Observer
 from lit_callbacks._ranks import Measurement
 
 
-class ForwardObserver(Observer, Listener):
+class ForwardObserver(Observer, Listener, EvaluationHooks):
     """Listens to every forward pass of a measured optimizer step, and of every batch of ``validate`` and ``test``.
 
     In manual optimization it listens until the first optimizer step of a batch. Activation checkpointing runs a forward
@@ -64,38 +65,19 @@ class ForwardObserver(Observer, Listener):
     def _listen(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.attempt(interceptor_of(trainer).add, self, pl_module)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def evaluation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin empty."""
         self.discard()
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin empty."""
-        self.discard()
-
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Listen, unless this validation is part of a fit."""
-        if trainer.state.fn == "validate":
-            self._listen(trainer, pl_module)
-
-    def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+    def evaluation_batch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen."""
         self._listen(trainer, pl_module)
 
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """The forward pass is over."""
-        if trainer.state.fn == "validate":
-            interceptor_of(trainer).remove(self)
-
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+    def evaluation_batch_end(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """The forward pass is over."""
         interceptor_of(trainer).remove(self)
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report what was seen in the whole loader."""
-        if trainer.state.fn == "validate":
-            self.report(trainer, pl_module, trainer.global_step, lambda: self.collected(trainer))
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def evaluation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report what was seen in the whole loader."""
         self.report(trainer, pl_module, trainer.global_step, lambda: self.collected(trainer))
 

@@ -66,7 +66,7 @@ class ActivationStatsMonitor(ForwardObserver):
         self._largest: dict[str, Tensor] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the blocks."""
+        """A new run may warn again."""
         super().setup(trainer, pl_module, stage)
         self._warned = False
 
@@ -74,14 +74,9 @@ class ActivationStatsMonitor(ForwardObserver):
         """Find the blocks."""
         self._find(pl_module)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def evaluation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the blocks."""
-        super().on_validation_start(trainer, pl_module)
-        self._find(pl_module)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the blocks."""
-        super().on_test_start(trainer, pl_module)
+        super().evaluation_start(trainer, pl_module)
         self._find(pl_module)
 
     def _find(self, pl_module: LightningModule) -> None:

@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lit_callbacks._evaluation import EvaluationHooks
 from lit_callbacks._facts import amp_scale, parameters
 from lit_callbacks._histograms import histogram, show_histogram
 from lit_callbacks._ranks import Measurement
@@ -13,7 +14,7 @@ from lit_callbacks._step_observer import Step, StepObserver
 from lit_callbacks.functional import tensor_norms
 
 
-class ParameterStatsLogger(StepObserver):
+class ParameterStatsLogger(StepObserver, EvaluationHooks):
     r"""Log the norms of weights, and of the steps that the optimizer takes relative to them.
 
     The update ratio of a group is :math:`\lVert w_{t+1} - w_t \rVert_2 / \lVert w_t \rVert_2`, where the difference is
@@ -123,16 +124,9 @@ class ParameterStatsLogger(StepObserver):
         """The norm of all weights."""
         return [key for key in values if key.startswith("param_norm/total")]
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """In ``validate``, report the weights."""
-        if trainer.state.fn == "validate":
-            self._report_weights(trainer, pl_module)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def evaluation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report the weights."""
-        self._report_weights(trainer, pl_module)
 
-    def _report_weights(self, trainer: Trainer, pl_module: LightningModule) -> None:
         def measure() -> Measurement:
             norms = self._group(pl_module).place(
                 list(pl_module.parameters()), tensor_norms(list(pl_module.parameters()))

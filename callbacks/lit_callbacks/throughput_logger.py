@@ -8,14 +8,14 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lit_callbacks._batch import samples_and_tokens
-from lit_callbacks._flops import FlopCount, compute_dtype, measured_gemm_rate, peak_flops
-from lit_callbacks._intercept import Listener, interceptor_of
+from lit_callbacks._evaluation import EvaluationHooks
+from lit_callbacks._flops import ForwardFlops, compute_dtype, measured_gemm_rate, peak_flops
 from lit_callbacks._observer import Observer
 from lit_callbacks._ranks import Measurement
 from lit_callbacks._stopwatch import Stopwatch
 
 
-class ThroughputLogger(Observer, Listener):
+class ThroughputLogger(Observer, EvaluationHooks):
     r"""Log speed, how it is spread, what is waited for, and how much of the hardware is used.
 
     Tokens are the elements of the batch's token ids, padding included: what it has under ``input_ids``, else its first
@@ -66,9 +66,8 @@ class ThroughputLogger(Observer, Listener):
         self._seconds_before, self._tokens_before = 0.0, 0.0
         self._watch: Stopwatch | None = None
         self._fit_began: float | None = None
-        self._count: FlopCount | None = None
-        self._flops_per_sample: float | None = None
-        self._flops = 0
+        self._forward = ForwardFlops()
+        self._counted = (0, 0)
         self._available: dict[str, float] | None = None
         self._device, self._dtype = torch.device("cpu"), torch.float32
         self._samples = self._tokens = self._step = 0
@@ -80,8 +79,7 @@ class ThroughputLogger(Observer, Listener):
         self._fit_began = time.perf_counter()
         self._step, self._ranks = trainer.global_step, trainer.world_size
         self._device, self._dtype = trainer.strategy.root_device, compute_dtype(trainer)
-        self._flops_per_sample = self._available = None
-        self._flops = 0
+        self._forward, self._counted, self._available = ForwardFlops(), (0, 0), None
         self._begin()
 
     def _begin(self) -> None:
@@ -92,26 +90,13 @@ class ThroughputLogger(Observer, Listener):
         """The batch has come; the first one is counted."""
         if self._watch is not None:
             self._watch.begin_batch()
-        if self._flops_per_sample is None and pl_module.automatic_optimization:
-            self._flops_per_sample = 0.0
-            self.attempt(self._begin_count, trainer, pl_module)
-
-    def _begin_count(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        interceptor_of(trainer).add(self, pl_module)  # makes compiled modules run eagerly, so that there is work to see
-        self._count = FlopCount()
+        if not self._forward.begun and pl_module.automatic_optimization:
+            self._counted = samples_and_tokens(batch)
+            self.attempt(self._forward.begin, trainer, pl_module)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """The forward pass is over."""
-        if self._count is not None:
-            self._flops = self._end_count(trainer)
-
-    def _end_count(self, trainer: Trainer) -> int:
-        flops = 0
-        if self._count is not None:
-            flops = self._count.stop()
-            self._count = None
-            interceptor_of(trainer).remove(self)
-        return flops
+        self._forward.end(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -120,9 +105,6 @@ class ThroughputLogger(Observer, Listener):
         if self._watch is None:
             return
         self._add(batch)
-        if self._flops and self._flops_per_sample == 0.0:
-            self._flops_per_sample = 3 * self._flops / max(self._samples, 1)
-        self._end_count(trainer)
         if trainer.global_step != self._step:
             self._step = trainer.global_step
             self._watch.end_step()
@@ -147,7 +129,9 @@ class ThroughputLogger(Observer, Listener):
 
     def _measure(self, watch: Stopwatch, samples: int, tokens: int) -> Measurement:
         times = torch.tensor(watch.step_times)
-        sums = torch.tensor([float(samples), float(tokens), samples * (self._flops_per_sample or 0.0)])
+        counted_samples, counted_tokens = self._counted
+        batches = tokens / counted_tokens if counted_tokens else samples / max(counted_samples, 1)
+        sums = torch.tensor([float(samples), float(tokens), 3.0 * self._forward.total * batches])
         memory = torch.cuda.max_memory_allocated(self._device) / 2**30 if self._device.type == "cuda" else 0.0
         spread = torch.quantile(times, torch.tensor([0.5, 0.95]))
         maxima = torch.cat([torch.tensor([watch.seconds, watch.waited, float(len(times)), memory]), spread])
@@ -196,10 +180,9 @@ class ThroughputLogger(Observer, Listener):
         self._stop(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validation does not count in a fit; alone, it is what is measured."""
-        if trainer.state.fn == "validate":
-            self._begin()
-        elif self._watch is not None:
+        """In a fit, validation does not count."""
+        super().on_validation_start(trainer, pl_module)
+        if self._watch is not None and trainer.state.fn == "fit":
             self._watch.pause()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -207,46 +190,23 @@ class ThroughputLogger(Observer, Listener):
         if self._watch is not None:
             self._watch.go_on()
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def evaluation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._begin()
 
-    def on_validation_batch_start(self, trainer: Trainer, *args: Any) -> None:
+    def evaluation_batch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The batch has come."""
-        self._begin_evaluation_batch(trainer)
-
-    def on_test_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        """The batch has come."""
-        self._begin_evaluation_batch(trainer)
-
-    def _begin_evaluation_batch(self, trainer: Trainer) -> None:
-        if self._watch is not None and trainer.state.fn != "fit":
+        if self._watch is not None:
             self._watch.begin_batch()
 
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
-    ) -> None:
+    def evaluation_batch_end(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Count."""
-        self._end_evaluation_batch(trainer, batch)
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
-    ) -> None:
-        """Count."""
-        self._end_evaluation_batch(trainer, batch)
-
-    def _end_evaluation_batch(self, trainer: Trainer, batch: Any) -> None:
-        if self._watch is not None and trainer.state.fn != "fit":
+        if self._watch is not None:
             self._add(batch)
             self._watch.end_step()
             self._watch.end_batch()
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report the whole loader."""
-        if trainer.state.fn == "validate":
-            self._report(trainer, pl_module, trainer.global_step)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def evaluation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report the whole loader."""
         self._report(trainer, pl_module, trainer.global_step)
 
@@ -261,7 +221,7 @@ class ThroughputLogger(Observer, Listener):
         self._stop(trainer)
 
     def _stop(self, trainer: Trainer) -> None:
-        self._end_count(trainer)
+        self._forward.end(trainer)
         self._seconds_before = self._seconds()
         self._fit_began = self._watch = None
 

@@ -289,4 +289,4 @@ def test_flops_agree_with_the_formula(make_trainer):
     module, _, _ = fit(make_trainer, "litgpt", [throughput], max_steps=1)
     matrices = sum(p.numel() for name, p in module.named_parameters() if p.dim() == 2 and "wte" not in name)
     tokens = 4 * LENGTH
-    assert 3 * throughput._flops == tokens * (6 * matrices + 12 * 2 * WIDTH * LENGTH)
+    assert 3 * throughput._forward.total == tokens * (6 * matrices + 12 * 2 * WIDTH * LENGTH)

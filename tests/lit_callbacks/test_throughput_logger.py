@@ -95,7 +95,7 @@ def test_flops_are_three_times_those_of_the_forward_pass(make_trainer):
 
     callback, logger = fit(make_trainer, Known(), max_steps=3)
     linear, attention = 2 * TOKENS * 16 * 32, 2 * 2 * (4 * 2) * 9 * 9 * 16
-    assert callback._flops == linear + attention
+    assert callback._forward.total == linear + attention
     ((_, values),) = logger.calls
     rate = values["throughput/tokens_per_second"] / TOKENS * 3 * (linear + attention)
     assert values["throughput/model_tflops"] == pytest.approx(rate / 1e12, rel=1e-4)

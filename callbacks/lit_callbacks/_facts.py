@@ -55,7 +55,7 @@ class StepFacts:
         """Norms of the unscaled, accumulated gradients of the optimizer's parameters before clipping."""
         key = (trainer.global_step, id(optimizer))
         if self._gradients is None or self._gradients[0] != key:
-            self._gradients = key, gradients_now(optimizer, amp_scale(trainer))
+            self._gradients = key, _gradients(optimizer, amp_scale(trainer))
         return self._gradients[1]
 
     def grad_norm(self, trainer: Trainer, optimizer: Optimizer) -> Tensor:
@@ -63,8 +63,7 @@ class StepFacts:
         return self.gradients(trainer, optimizer).total
 
 
-def gradients_now(optimizer: Optimizer, scale: Tensor | None = None) -> Gradients:
-    """The gradients as they are, with ``scale``, the factor of a GradScaler, taken out where it is still in them."""
+def _gradients(optimizer: Optimizer, scale: Tensor | None) -> Gradients:
     with_gradient = [p for p in parameters(optimizer) if p.grad is not None]
     norms = tensor_norms([p.grad for p in with_gradient if p.grad is not None])
     # Fused optimizers unscale inside step(), so until then their gradients are multiplied.

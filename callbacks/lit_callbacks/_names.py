@@ -1,12 +1,14 @@
 """Layer names that are the same with and without compile, DDP, FSDP and activation checkpointing."""
 
 import re
+from functools import cache
 
 # A model with adapters of peft is at `base_model.model`, and a linear layer with them at its own `base_layer`.
 _PEFT = re.compile(r"\bbase_model\.model\.|\bbase_model\.model$|\.base_layer\b")
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
+@cache
 def clean_name(name: str) -> str:
     """Path of a module or parameter without wrapper prefixes; ``module`` counts only in front, where DDP puts it.
 
@@ -20,6 +22,7 @@ def clean_name(name: str) -> str:
     return ".".join(parts[1:] if parts[0:1] == ["module"] and len(parts) > 1 else parts)
 
 
+@cache
 def metric_key(name: str) -> str:
     """The last part of a metric key: the clean name in ``[A-Za-z0-9_]``.
 

@@ -20,7 +20,7 @@ from lit_callbacks.functional import silent_units
 WEIGHT_DEAD = 1e-6
 """A row of incoming weights with a smaller norm than this is dead."""
 
-TOKENS_PER_CALL = 1024
+TOKENS_PER_CALL = 512
 """Tokens of a layer that are looked at in a training forward pass, evenly spaced; all in ``validate`` and ``test``."""
 
 
@@ -63,7 +63,7 @@ class DeadNeuronDetector(ForwardObserver):
 
     State: the window so far, and the last window's dormant units.
 
-    Cost: on measured steps a pass over at most 1024 tokens of each hidden layer and over the matrices before them, and
+    Cost: on measured steps a pass over at most 512 tokens of each hidden layer and over the matrices before them, and
     one read by the host; nothing on other steps.
 
     Example:

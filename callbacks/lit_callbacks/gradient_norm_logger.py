@@ -5,14 +5,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_callbacks._alarms import InARow, OwnPast, raise_alarm
-from lit_callbacks._facts import facts_of, gradients_now, has_scaler
+from lit_callbacks._facts import facts_of, has_scaler
+from lit_callbacks._member import Member
 from lit_callbacks._ranks import Measurement
 from lit_callbacks._step_observer import Step, StepObserver
+from lit_callbacks.functional import total_norm
+
+SAMPLE = 4
+"""Parameters that tell by how much all gradients have been scaled."""
 
 
 class GradientNormLogger(StepObserver):
@@ -55,7 +60,8 @@ class GradientNormLogger(StepObserver):
 
     State: the last 20 accepted norms of each group.
 
-    Cost: two passes over the gradients and one read by the host on measured steps; see the catalogue for numbers.
+    Cost: on measured steps one pass over the gradients, a look at four of them after clipping (a second pass where
+    something else than clipping by norm may have changed them), and one read by the host.
 
     Example:
         >>> GradientNormLogger(every_n_steps=100, groups=["layers", "*.bias"]).every_n_steps
@@ -79,6 +85,12 @@ class GradientNormLogger(StepObserver):
         self._past = OwnPast(window=20)
         self._vanishing, self._exploding = InARow(patience=2), InARow(patience=2)
         self._warned = False
+        self._scaled_alike = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See whether anything but clipping by norm can come between the gradient and the optimizer."""
+        super().on_fit_start(trainer, pl_module)
+        self._scaled_alike = _only_clips_by_norm(trainer, pl_module)
 
     def before(self, trainer: Trainer, step: Step) -> None:
         """The norm of each parameter's gradient."""
@@ -86,7 +98,12 @@ class GradientNormLogger(StepObserver):
         gradients = facts_of(trainer).gradients(trainer, step.optimizer)
         groups = self.parameter_groups
         numbers = torch.tensor([float(p.numel()) for p in gradients.parameters])
+        used = gradients.parameters
+        if self._scaled_alike:
+            used = used[:: -(-len(used) // SAMPLE)]
         step.found = {
+            "used": used,
+            "sample": torch.linalg.vector_norm(gradients.norms[:: -(-len(gradients.norms) // SAMPLE)]),
             "norms": groups.place(gradients.parameters, gradients.norms),
             "total": gradients.total,
             "elements": numbers.sum().item(),
@@ -96,10 +113,16 @@ class GradientNormLogger(StepObserver):
         }
 
     def after(self, trainer: Trainer, step: Step) -> None:
-        """The norm of what the optimizer used."""
-        clipped = gradients_now(step.optimizer)  # a fused optimizer has unscaled them by now
-        if clipped.parameters:
-            step.found["clipped"] = clipped.total
+        """The norm of what the optimizer used: of all, or of a few if they have only been scaled alike."""
+        used = [p for p in step.found["used"] if p.grad is not None]
+        if not used:
+            return
+        # A fused optimizer has unscaled its gradients by now.
+        norm = total_norm([p.grad for p in used if p.grad is not None])
+        if len(used) < step.found["parameters"]:
+            factor = norm / step.found["sample"]
+            norm = step.found["total"] * factor.where(step.found["sample"] > 0, 1.0)
+        step.found["clipped"] = norm
 
     def found(self, trainer: Trainer, step: Step) -> Measurement:
         """Squares and counts, which add up over ranks: each holds the whole gradient, so each gives its share."""
@@ -186,3 +209,22 @@ class GradientNormLogger(StepObserver):
         self._past.values = {name: list(values) for name, values in state_dict["past"].items()}
         self._vanishing.counts = dict(state_dict["vanishing"])
         self._exploding.counts = dict(state_dict["exploding"])
+
+
+def _only_clips_by_norm(trainer: Trainer, pl_module: LightningModule) -> bool:
+    """Whether all gradients are scaled by one factor, or none, before the optimizer uses them.
+
+    Not if the user's module or another callback has its own hands on them, or in manual optimization.
+    """
+    algorithm = getattr(trainer.gradient_clip_algorithm, "value", None)
+    hooks = ("on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step")
+    own = any(_defined_outside_lightning(pl_module, hook) for hook in hooks)
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    others = any(
+        _defined_outside_lightning(callback, hooks[0]) for callback in callbacks if not isinstance(callback, Member)
+    )
+    return pl_module.automatic_optimization and algorithm in (None, "norm") and not own and not others
+
+
+def _defined_outside_lightning(thing: object, method: str) -> bool:
+    return getattr(type(thing), method).__module__.partition(".")[0] not in ("lightning", "pytorch_lightning")

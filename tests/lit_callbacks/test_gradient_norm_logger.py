@@ -157,6 +157,49 @@ def test_clipped_under_a_fused_optimizer_and_a_scaler_is_unscaled(make_trainer):
         assert values["grad_norm/total"] < 10
 
 
+class ClipsByItself(TinyLM):
+    """Halves one parameter's gradient."""
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        self.head.weight.grad *= 0.5
+
+
+class Meddles(Callback):
+    """Zeroes one parameter's gradient."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        pl_module.hidden.weight.grad.zero_()
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        (TinyLM, {}),
+        (TinyLM, {"gradient_clip_val": 0.05}),
+        (TinyLM, {"gradient_clip_val": 0.003, "gradient_clip_algorithm": "value"}),
+        (ClipsByItself, {}),
+        (TinyLM, {"meddles": True}),
+    ],
+    ids=["nothing", "norm", "value", "the module's own", "a callback's"],
+)
+def test_clipped_is_what_the_optimizer_used_whoever_clipped(make_trainer, module, options):
+    used = []
+
+    class Recording(module):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            optimizer.register_step_post_hook(
+                lambda *_: used.append(flat_norm({n: p.grad.double() for n, p in self.named_parameters()}))
+            )
+            return optimizer
+
+    options, logger = dict(options), MemoryLogger()
+    others = [Meddles()] if options.pop("meddles", False) else []
+    trainer = make_trainer(callbacks=[GradientNormLogger(1), *others], logger=logger, max_steps=3, **options)
+    trainer.fit(Recording(), loader())
+    assert list(logger.values("grad_norm/clipped").values()) == pytest.approx(used, rel=1e-4)
+
+
 def test_frozen_parameters_are_in_no_group(make_trainer):
     module = TinyLM()
     module.blocks.requires_grad_(False)

@@ -87,14 +87,15 @@ def _from_projections(
         k = k.repeat_interleave(q.size(-3) // k.size(-3), dim=-3)
     scale = q.size(-1) ** -0.5 if scale is None else scale
     rows, keys = q.size(-2), k.size(-2)
-    k = k.float().transpose(-2, -1)
+    # Contiguous, because every block would be copied otherwise.
+    q, k = (q.float() * scale).contiguous(), k.float().contiguous().transpose(-2, -1)
 
     def logits(start: int, stop: int) -> Tensor:
         seen = min(stop, keys) if is_causal else keys
-        block = (q[..., start:stop, :].float() * scale) @ k[..., :seen]
-        if is_causal:
-            future = torch.ones(stop - start, seen, dtype=torch.bool, device=q.device).triu_(start + 1)
-            block.masked_fill_(future, _FAR)
+        block = q[..., start:stop, :] @ k[..., :seen]
+        if is_causal and seen > start:  # only the block's own columns hold keys that some of its rows must not see
+            future = torch.ones(stop - start, seen - start, dtype=torch.bool, device=q.device).triu_(1)
+            block[..., start:].masked_fill_(future, _FAR)
         if mask is not None:
             part = mask[..., start:stop, :] if mask.dim() > 1 and mask.size(-2) > 1 else mask
             block = block.masked_fill_(~part, _FAR) if mask.dtype == torch.bool else block.add_(part).clamp_(min=_FAR)
@@ -132,7 +133,7 @@ def _by_head(
         top = s.amax(-1, keepdim=True)
         p = s.sub_(top).exp()
         total = p.sum(-1)
-        entropies.append(total.log() - torch.linalg.vecdot(p, s) / total)
+        entropies.append(total.log() - s.mul_(p).sum(-1) / total)
         firsts.append(p[..., 0] / total)
         largest.append(top.squeeze(-1))
     visible = visible.expand(shape)

@@ -1,6 +1,6 @@
 """Which hidden units have stopped doing anything?"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from lit_callbacks.functional import silent_units
 WEIGHT_DEAD = 1e-6
 """A row of incoming weights with a smaller norm than this is dead."""
 
-TOKENS_PER_CALL = 512
+TOKENS_PER_CALL = 256
 """Tokens of a layer that are looked at in a training forward pass, evenly spaced; all in ``validate`` and ``test``."""
 
 
@@ -63,19 +63,19 @@ class DeadNeuronDetector(ForwardObserver):
 
     State: the window so far, and the last window's dormant units.
 
-    Cost: on measured steps a pass over at most 512 tokens of each hidden layer and over the matrices before them, and
+    Cost: on measured steps a pass over at most 256 tokens of each hidden layer and over the matrices before them, and
     one read by the host; nothing on other steps.
 
     Example:
         >>> DeadNeuronDetector(tau=0.1).window_tokens
-        4096
+        2048
     """
 
     def __init__(
         self,
         every_n_steps: int = 50,
         tau: float = 0.025,
-        window_tokens: int = 4096,
+        window_tokens: int = 2048,
         write_indices: bool = False,
     ) -> None:
         super().__init__(every_n_steps)
@@ -106,6 +106,7 @@ class DeadNeuronDetector(ForwardObserver):
         """Forget what has been seen."""
         self._follower: UnitFollower | None = None
         self._activity: dict[str, Tensor] = {}
+        self._tokens: dict[str, int] = {}
         self._rows: dict[str, Tensor] = {}
 
     def handlers(self) -> dict[Callable[..., Any], Callable[[Call], None]]:
@@ -133,22 +134,22 @@ class DeadNeuronDetector(ForwardObserver):
         if not self._all_tokens:
             values = values[:: -(-len(values) // TOKENS_PER_CALL)]
         activity = values.float().abs().sum(0)
-        activity = torch.cat([activity, activity.new_full((1,), len(values))])
         self._activity[name] = activity + self._activity[name] if name in self._activity else activity
+        self._tokens[name] = len(values) + self._tokens.get(name, 0)
         if units.rows and name not in self._rows:
             norms = torch.cat([torch.linalg.vector_norm(weight, dim=dim) for weight, dim in units.rows])
-            self._rows[name] = torch.stack([(norms < WEIGHT_DEAD).sum(), norms.new_tensor(len(norms))]).float()
+            self._rows[name] = (norms < WEIGHT_DEAD).float().mean().view(1)
 
     def collected(self, trainer: Trainer) -> Measurement:
-        """Activities and row counts of this rank; the matrices are the same on all ranks, so each gives its share."""
+        """Activities and tokens of this rank, and the shares of dead rows, which are the same on all ranks."""
         if not self._activity and not self._warned:
             self._warned = True
             rank_zero_warn(
                 "DeadNeuronDetector saw no hidden units in this model: no activation function that it knows was called "
                 "between linear layers; there is nothing it could log."
             )
-        rows = {f"rows {name}": counts for name, counts in self._rows.items()}
-        return Measurement({**self._activity, **rows})
+        tokens = {f"tokens {name}": self._activity[name].new_tensor([number]) for name, number in self._tokens.items()}
+        return Measurement({**self._activity, **tokens}, self._rows)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Remember which step the window ends with."""
@@ -159,35 +160,32 @@ class DeadNeuronDetector(ForwardObserver):
     def summarise(self, total: Measurement) -> dict[str, Tensor]:
         """Add to the window; its shares, if it is full."""
         for name, values in total.sums.items():
-            counts_rows = name.startswith("rows ")
-            self._window[name] = values if counts_rows or name not in self._window else values + self._window[name]
-        tokens = [values[-1] for name, values in self._window.items() if not name.startswith("rows ")]
-        full = tokens and (self._all_tokens or torch.stack(tokens).min() >= self.window_tokens)
-        return self._close_window() if full else {}
+            before = self._window.get(name)
+            self._window[name] = values if before is None else values + before.to(values.device)
+        tokens = [values for name, values in self._window.items() if name.startswith("tokens ")]
+        full = tokens and (self._all_tokens or torch.cat(tokens).min() >= self.window_tokens)
+        return self._close_window(total.maxima) if full else {}
 
-    def _close_window(self) -> dict[str, Tensor]:
+    def _close_window(self, dead_rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         sizes = [len(values) for values in self._window.values()]
         on_host = torch.cat(list(self._window.values())).cpu().split(sizes)
         window = dict(zip(self._window, on_host, strict=True))
         self._window = {}
-        activities = {name: values for name, values in window.items() if not name.startswith("rows ")}
-        values = {"dead_neurons/window_tokens": min(activity[-1] for activity in activities.values())}
-        for name, activity in activities.items():
-            key, (dead, dormant) = metric_key(name), silent_units(activity[:-1], self.tau)
+        layers = [name for name in window if not name.startswith("tokens ")]
+        values = {"dead_neurons/window_tokens": min(window[f"tokens {name}"][0] for name in layers)}
+        for name in layers:
+            key, (dead, dormant) = metric_key(name), silent_units(window[name], self.tau)
             values[f"dead_neurons/{key}"] = dead.float().mean()
             values[f"dormant_neurons/{key}"] = dormant.float().mean()
             if before := self._dormant.get(name):
                 values[f"dormant_persistence/{key}"] = dormant[before].float().mean()
-            if f"rows {name}" in window:
-                dead_rows, rows = window[f"rows {name}"]
-                values[f"weight_dead_neurons/{key}"] = dead_rows / rows
             self._dormant[name] = dormant.nonzero().flatten().tolist()
             if self.write_indices and self._dormant[name]:
                 self._indices.write(
-                    step=self._window_step, layer=name, tokens=int(activity[-1]), units=len(dormant),
+                    step=self._window_step, layer=name, tokens=int(window[f"tokens {name}"]), units=len(dormant),
                     dead=dead.nonzero().flatten().tolist(), dormant=self._dormant[name],
                 )  # fmt: skip
-        return values
+        return values | {f"weight_dead_neurons/{metric_key(name)}": share[0] for name, share in dead_rows.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """The window so far, and the last one's dormant units."""

@@ -145,7 +145,7 @@ def test_a_window_is_as_many_tokens_as_asked_for(make_trainer):
     # 32 tokens a step, all of them seen; a window of 80 is full after three steps
     detector, logger, _ = fit(make_trainer, TinyLM(), detector={"window_tokens": 80}, max_steps=8)
     assert logger.values("dead_neurons/window_tokens") == {2: 96.0, 5: 96.0}
-    assert detector.state_dict()["window"]["head"][-1] == 64
+    assert detector.state_dict()["window"]["tokens head"] == [64]
 
 
 def test_a_unit_is_dead_over_the_whole_window_only(make_trainer):
@@ -171,7 +171,7 @@ def test_a_unit_is_dead_over_the_whole_window_only(make_trainer):
 def test_long_batches_are_sampled_in_training_and_read_whole_in_validation(make_trainer):
     data = loader(batch_size=300, n_samples=600)  # 2400 tokens a batch
     _, logger, _ = fit(make_trainer, TinyLM(), data, max_steps=1)
-    assert logger.values("dead_neurons/window_tokens") == {0: 480.0}
+    assert logger.values("dead_neurons/window_tokens") == {0: 240.0}
     (validated,) = make_trainer(callbacks=[DeadNeuronDetector()]).validate(TinyLM(), data, verbose=False)
     assert validated["dead_neurons/window_tokens"] == 4800
 

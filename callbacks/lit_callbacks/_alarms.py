@@ -1,5 +1,6 @@
 """Alarms of observers: what is bad several times in a row, what is out of line with its own past, and who is told."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,36 +34,38 @@ class InARow:
 
 
 class OwnPast:
-    """The last values of many series; a new one is compared with the median of its own, and kept if in line with it.
+    """The last accepted values of many series, whose medians are what is normal for each.
 
     Args:
         window: Values to remember.
+        least: Values a series must have before its median says something.
 
     Example:
-        >>> past = OwnPast(window=20)
-        >>> for value in [1.0, 1.1, 0.9, 1.0, 1.0]:
-        ...     _ = past.outside({"a": value}, low=0.5)
-        >>> past.outside({"a": 0.2}, low=0.5), past.outside({"a": 0.8}, low=0.5)
-        ({'a': True}, {'a': False})
+        >>> past = OwnPast(window=20, least=2)
+        >>> past.medians({"a": 5.0})  # nothing to compare with: itself
+        {'a': 5.0}
+        >>> past.keep({"a": 1.0}), past.keep({"a": 3.0})
+        (None, None)
+        >>> past.medians({"a": 5.0})
+        {'a': 2.0}
     """
 
-    LEAST = 5
-    """Values a series must have before it can be judged."""
-
-    def __init__(self, window: int) -> None:
-        self.window = window
+    def __init__(self, window: int, least: int) -> None:
+        self.window, self.least = window, least
         self.values: dict[str, list[float]] = {}
 
-    def outside(self, values: Mapping[str, float], low: float = 0.0, high: float = float("inf")) -> dict[str, bool]:
-        """Whether each value is below ``low`` or above ``high`` times its median; NaN always is."""
-        outside = {}
+    def medians(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The median of the past of each; a value without one is its own."""
+        pasts = {name: self.values.get(name, []) for name in values}
+        return {
+            name: statistics.median(past) if len(past) >= self.least else values[name] for name, past in pasts.items()
+        }
+
+    def keep(self, values: Mapping[str, float]) -> None:
+        """Remember these, but for those that are not finite."""
         for name, value in values.items():
-            past = self.values.get(name, [])
-            median = statistics.median(past) if len(past) >= self.LEAST else value
-            outside[name] = not low * median <= value <= high * median
-            if not outside[name]:
-                self.values[name] = [*past, value][-self.window :]
-        return outside
+            if math.isfinite(value):
+                self.values[name] = [*self.values.get(name, []), value][-self.window :]
 
     def state_dict(self) -> dict[str, list[float]]:
         """A copy, as plain types."""

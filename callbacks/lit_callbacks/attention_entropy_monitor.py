@@ -1,6 +1,6 @@
 """Is attention collapsing, or has it never begun to choose?"""
 
-import math
+import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,8 +21,8 @@ from lit_callbacks.functional import ENTROPY_BINS, AttentionStatistics, histogra
 COLLAPSED = 0.05
 """A row whose normalised entropy is below this counts as collapsed."""
 
-LEFT_UNIFORM = 0.9
-"""Attention has left uniform once the 5th percentile of a head's normalised entropy has been below this."""
+UNIFORM = 0.99
+"""Attention is uniform where the median over all heads of their mean normalised entropy is above this."""
 
 
 class AttentionEntropyMonitor(ForwardObserver):
@@ -40,10 +40,12 @@ class AttentionEntropyMonitor(ForwardObserver):
     written by hand. Attention modules in which nothing of the kind was called, such as those of the flash-attn package,
     are named in a warning, and a model without attention gets one as well.
 
-    Two alarms go to ``events.jsonl`` in the run folder and, as a warning, to the console. *entropy_collapse*: the mean
-    entropy of a head has been below ``collapse_ratio`` times its own running median in three measurements in a row.
-    *attention_uniform*: after ``uniform_after`` steps no head of the model has ever left uniform attention, which is
-    how a post-LN transformer without warm-up fails, with no other sign.
+    Two alarms go to ``events.jsonl`` in the run folder and, as a warning, to the console. *entropy_collapse*: twice in
+    a row the mean entropy of a head was below ``collapse_ratio`` times its own running median while its largest logit
+    was above ``collapse_logit``. Either alone is healthy: heads sharpen when they learn what to look at, and logits
+    grow. *attention_uniform*: from step ``uniform_after`` on, three times in a row, most heads have attended to all
+    their keys alike, which is how a deep post-LN transformer without warm-up fails, with no other sign. How long
+    before the loss they speak, ``benchmarks/early_warning.py`` measures.
 
     Logs, every ``every_n_steps`` optimizer steps, and for all batches together in ``validate`` and ``test``:
         attention_entropy/<layer>: mean normalised entropy over rows and heads.
@@ -56,8 +58,9 @@ class AttentionEntropyMonitor(ForwardObserver):
     Args:
         every_n_steps: Optimizer steps between measurements.
         per_head: Also log ``attention_entropy/<layer>_head_<i>``.
-        collapse_ratio: Fraction of its own running median below which a head's entropy counts as collapsed.
-        uniform_after: Optimizer steps after which uniform attention is an alarm.
+        collapse_ratio: Fraction of its own running median below which a head's entropy counts as collapsed,
+        collapse_logit: if its largest logit is above this, too.
+        uniform_after: Optimizer steps after which uniform attention is an alarm; until then it may be early training.
 
     Shapes:
         Queries ``(batch, heads, T, d)`` or one head ``(batch, T, d)``; fewer key heads than query heads are repeated.
@@ -65,7 +68,7 @@ class AttentionEntropyMonitor(ForwardObserver):
     Raises:
         ValueError: If an argument is out of range.
 
-    State: the last 20 accepted entropies of each head, and whether attention has left uniform.
+    State: the last 20 accepted entropies of each head, and how often in a row each alarm's condition was met.
 
     Cost: on measured steps one blockwise pass over the attention logits, about a seventh of a materialised softmax,
     with memory linear in the sequence length, and one read by the host; nothing on other steps.
@@ -76,19 +79,26 @@ class AttentionEntropyMonitor(ForwardObserver):
     """
 
     def __init__(
-        self, every_n_steps: int = 50, per_head: bool = False, collapse_ratio: float = 0.5, uniform_after: int = 300
+        self,
+        every_n_steps: int = 50,
+        per_head: bool = False,
+        collapse_ratio: float = 0.5,
+        collapse_logit: float = 50.0,
+        uniform_after: int = 500,
     ) -> None:
         super().__init__(every_n_steps)
         if not 0 < collapse_ratio < 1:
             raise ValueError(f"collapse_ratio must be between 0 and 1, got {collapse_ratio}")
+        if collapse_logit <= 0:
+            raise ValueError(f"collapse_logit must be above 0, got {collapse_logit}")
         if uniform_after < 1:
             raise ValueError(f"uniform_after must be at least 1, got {uniform_after}")
         self.per_head = per_head
         self.collapse_ratio = collapse_ratio
+        self.collapse_logit = collapse_logit
         self.uniform_after = uniform_after
-        self._past = OwnPast(window=20)
-        self._collapsing = InARow(patience=3)
-        self._left_uniform = False
+        self._past = OwnPast(window=20, least=3)
+        self._collapsing, self._uniform = InARow(patience=2), InARow(patience=3)
         self._heads: dict[str, int] = {}
         self._warned = False
         self.discard()
@@ -144,47 +154,52 @@ class AttentionEntropyMonitor(ForwardObserver):
             means = layer.mean(1).unbind()
             for metric, mean in zip(("entropy", "entropy_p5", "collapsed", "first"), means, strict=True):
                 values[f"attention_{metric}/{key}"] = mean
-            for head, mean in enumerate(layer[0].unbind()):
-                values[f"attention_entropy/{key}_head_{head}"] = mean
-            values[f"p5 {key}"] = layer[1].min()
+            for head, (entropy, logit) in enumerate(zip(layer[0].unbind(), largest.unbind(), strict=True)):
+                values[f"attention_entropy/{key}_head_{head}"] = entropy
+                values[f"logit {key} {head}"] = logit
         return values
 
     def record(self, trainer: Trainer, pl_module: LightningModule, step: int, values: dict[str, float]) -> None:
         """Log, and judge each head by its own past."""
-        p5 = [values.pop(f"p5 {metric_key(name)}") for name in self._heads]
-        heads = {
-            f"attention_entropy/{metric_key(name)}_head_{head}": f"{name}, head {head}"
-            for name, count in self._heads.items()
-            for head in range(count)
-        }
-        entropies = {where: values[key] if self.per_head else values.pop(key) for key, where in heads.items()}
+        entropies, logits = {}, {}
+        for name, count in self._heads.items():
+            key = metric_key(name)
+            for head in range(count):
+                where = f"{name}, head {head}"
+                logits[where] = values.pop(f"logit {key} {head}")
+                entropies[where] = values[f"attention_entropy/{key}_head_{head}"]
+                if not self.per_head:
+                    del values[f"attention_entropy/{key}_head_{head}"]
         super().record(trainer, pl_module, step, values)
         if trainer.state.fn == "fit":
-            self._judge(step, entropies, min(p5))
+            self._judge(step, entropies, logits)
 
     def summary(self, values: Mapping[str, float]) -> list[str]:
         """The smallest of all."""
         return ["attention_entropy/min"]
 
-    def _judge(self, step: int, entropies: Mapping[str, float], smallest_p5: float) -> None:
-        outside = self._past.outside(entropies, low=self.collapse_ratio)
-        collapses = {head: bad and math.isfinite(entropies[head]) for head, bad in outside.items()}
-        if where := self._collapsing.judge(collapses):
+    def _judge(self, step: int, entropies: Mapping[str, float], logits: Mapping[str, float]) -> None:
+        normal = self._past.medians(entropies)
+        collapsed = {
+            head: entropy < self.collapse_ratio * normal[head] and logits[head] > self.collapse_logit
+            for head, entropy in entropies.items()
+        }
+        self._past.keep({head: entropy for head, entropy in entropies.items() if not collapsed[head]})
+        if where := self._collapsing.judge(collapsed):
             raise_alarm(
                 self.events, step, "entropy_collapse", where,
-                f"attention entropy has fallen below {self.collapse_ratio} of its running median in {{where}}. The "
-                "loss may follow: lower the learning rate, warm up longer, or normalise queries and keys.",
+                f"attention collapses in {{where}}: entropy below {self.collapse_ratio} of its running median, logits "
+                f"above {self.collapse_logit:g}. The loss may follow: lower the learning rate, warm up longer, or "
+                "normalise queries and keys.",
                 entropies={head: entropies[head] for head in where},
             )  # fmt: skip
-        if smallest_p5 < LEFT_UNIFORM:
-            self._left_uniform = True
-        if not self._left_uniform and step >= self.uniform_after:
-            self._left_uniform = True  # said once
+        median = statistics.median(entropies.values())
+        if self._uniform.judge({"all": step >= self.uniform_after and median > UNIFORM}):
             raise_alarm(
                 self.events, step, "attention_uniform", list(self._heads),
-                f"after {step} steps every attention head still attends to all its keys alike: the model is not "
-                "learning from context. With post-LN, warm up the learning rate; with any, try a lower one.",
-                smallest_p5=smallest_p5,
+                f"after {step} steps most attention heads still attend to all their keys alike ({{where}}): the model "
+                "hardly learns from context. With post-LN, warm up the learning rate; with any, try a lower one.",
+                median=median,
             )  # fmt: skip
 
     def _warn_of_unseen(self) -> None:
@@ -211,14 +226,14 @@ class AttentionEntropyMonitor(ForwardObserver):
         return {
             "past": self._past.state_dict(),
             "collapsing": dict(self._collapsing.counts),
-            "left_uniform": self._left_uniform,
+            "uniform": dict(self._uniform.counts),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on judging."""
         self._past.values = {name: list(values) for name, values in state_dict["past"].items()}
         self._collapsing.counts = dict(state_dict["collapsing"])
-        self._left_uniform = state_dict["left_uniform"]
+        self._uniform.counts = dict(state_dict["uniform"])
 
 
 def _add(a: AttentionStatistics, b: AttentionStatistics) -> AttentionStatistics:

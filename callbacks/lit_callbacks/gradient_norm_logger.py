@@ -82,7 +82,7 @@ class GradientNormLogger(StepObserver):
             raise ValueError(f"exploding_ratio must be above 1, got {exploding_ratio}")
         self.vanishing_rms = vanishing_rms
         self.exploding_ratio = exploding_ratio
-        self._past = OwnPast(window=20)
+        self._past = OwnPast(window=20, least=5)
         self._vanishing, self._exploding = InARow(patience=2), InARow(patience=2)
         self._warned = False
         self._scaled_alike = False
@@ -161,7 +161,10 @@ class GradientNormLogger(StepObserver):
         sizes = zip(self.parameter_groups.names, self.step.found["sizes"], strict=True)
         norms = {f"{name}{suffix}": (values[f"grad_norm/{name}{suffix}"], size) for name, size in sizes if size}
         vanishes = {name: norm / math.sqrt(size) < self.vanishing_rms for name, (norm, size) in norms.items()}
-        explodes = self._past.outside({name: norm for name, (norm, _) in norms.items()}, high=self.exploding_ratio)
+        only_norms = {name: norm for name, (norm, _) in norms.items()}
+        normal = self._past.medians(only_norms)
+        explodes = {name: not norm <= self.exploding_ratio * normal[name] for name, norm in only_norms.items()}
+        self._past.keep({name: norm for name, norm in only_norms.items() if not explodes[name]})
         values[f"grad_norm/vanishing{suffix}"] = float(sum(vanishes.values()))
         values[f"grad_norm/exploding{suffix}"] = float(sum(explodes.values()))
         super().record(trainer, pl_module, step, values)

@@ -38,7 +38,12 @@ OTHER = {
 }
 BAD = {
     "ActivationStatsMonitor": [{"every_n_steps": 0}, {"modules": ""}],
-    "AttentionEntropyMonitor": [{"every_n_steps": 0}, {"collapse_ratio": 1.0}, {"uniform_after": 0}],
+    "AttentionEntropyMonitor": [
+        {"every_n_steps": 0},
+        {"collapse_ratio": 1.0},
+        {"collapse_logit": 0.0},
+        {"uniform_after": 0},
+    ],
     "DeadNeuronDetector": [{"every_n_steps": 0}, {"tau": 1.0}, {"tau": 0}, {"window_tokens": 0}],
     "GradientNormLogger": [{"every_n_steps": 0}, {"groups": [""]}, {"vanishing_rms": -1.0}, {"exploding_ratio": 1.0}],
     "ParameterStatsLogger": [{"every_n_steps": 0}, {"groups": [""]}],

@@ -1,5 +1,6 @@
 """The base of observers that look into the forward pass."""
 
+from abc import abstractmethod
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -23,10 +24,11 @@ class ForwardObserver(Observer, Listener, EvaluationHooks):
         super().__init__(every_n_steps)
         self._measuring = False
 
+    @abstractmethod
     def collected(self, trainer: Trainer) -> Measurement:
-        """What has been seen on this rank since the last time; the next measurement begins empty."""
-        raise NotImplementedError
+        """What has been seen on this rank since :meth:`discard`."""
 
+    @abstractmethod
     def discard(self) -> None:
         """Forget what has been seen."""
 

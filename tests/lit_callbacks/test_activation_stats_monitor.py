@@ -136,5 +136,8 @@ def test_manual_optimization_sees_the_forward_passes_until_the_first_step(make_t
         def collected(self, trainer):
             return None
 
+        def discard(self):
+            pass
+
     make_trainer(max_steps=2, callbacks=[Counts()]).fit(TwoForwards(), loader())
     assert seen.count("blocks.0") == 2 * 2

@@ -114,11 +114,9 @@ def flat_norm(gradients, pattern="*"):
     return torch.cat([g.flatten() for name, g in gradients.items() if fnmatch(name, pattern)]).norm().item()
 
 
-@pytest.mark.parametrize("fused", [None, True])
-@pytest.mark.parametrize("scaled", [False, True])
+# Torch refuses to clip under a fused optimizer and a scaler.
+@pytest.mark.parametrize(("scaled", "fused"), [(False, None), (False, True), (True, None)])
 def test_groups_clipped_and_rms(make_trainer, scaled, fused):
-    if scaled and fused:
-        pytest.skip("torch refuses to clip under a fused optimizer's scaler")
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     plugins = [MixedPrecision("16-mixed", device="cpu", scaler=scaler)] if scaled else []
     gradients, logger = Gradients(), MemoryLogger()

@@ -167,11 +167,11 @@ class DeadNeuronDetector(ForwardObserver):
         return self._close_window(total.maxima) if full else {}
 
     def _close_window(self, dead_rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        sizes = [len(values) for values in self._window.values()]
-        on_host = torch.cat(list(self._window.values())).cpu().split(sizes)
-        window = dict(zip(self._window, on_host, strict=True))
+        parts = [*self._window.values(), *dead_rows.values()]
+        on_host = torch.cat(parts).cpu().split([len(part) for part in parts])
+        window = dict(zip([*self._window, *(f"rows {name}" for name in dead_rows)], on_host, strict=True))
         self._window = {}
-        layers = [name for name in window if not name.startswith("tokens ")]
+        layers = [name for name in window if not name.startswith(("tokens ", "rows "))]
         values = {"dead_neurons/window_tokens": min(window[f"tokens {name}"][0] for name in layers)}
         for name in layers:
             key, (dead, dormant) = metric_key(name), silent_units(window[name], self.tau)
@@ -185,7 +185,7 @@ class DeadNeuronDetector(ForwardObserver):
                     step=self._window_step, layer=name, tokens=int(window[f"tokens {name}"]), units=len(dormant),
                     dead=dead.nonzero().flatten().tolist(), dormant=self._dormant[name],
                 )  # fmt: skip
-        return values | {f"weight_dead_neurons/{metric_key(name)}": share[0] for name, share in dead_rows.items()}
+        return values | {f"weight_dead_neurons/{metric_key(name)}": window[f"rows {name}"][0] for name in dead_rows}
 
     def state_dict(self) -> dict[str, Any]:
         """The window so far, and the last one's dormant units."""

@@ -45,7 +45,9 @@ def histogram_quantile(counts: Tensor, quantile: float) -> Tensor:
         >>> histogram_quantile(torch.tensor([[0.0, 4.0], [2.0, 2.0]]), 0.25)
         tensor([0.6250, 0.2500])
     """
-    cumulative = counts.cumsum(-1)
+    # Not cumsum, which has no deterministic form on CUDA.
+    up_to = torch.ones(counts.size(-1), counts.size(-1), device=counts.device).tril()
+    cumulative = (counts.unsqueeze(-2) * up_to).sum(-1)
     target = quantile * cumulative[..., -1:]
     index = (cumulative < target).sum(-1, keepdim=True).clamp_(max=counts.size(-1) - 1)
     inside = counts.gather(-1, index)

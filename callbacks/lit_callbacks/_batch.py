@@ -1,6 +1,6 @@
 """How many samples and tokens are in a batch of any kind?"""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -21,22 +21,25 @@ def samples_and_tokens(batch: Any) -> tuple[int, int]:
         >>> samples_and_tokens((torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)))
         (4, 0)
     """
-    samples = tokens = 0
-    for tensor in _tensors(batch):
-        samples = samples or (len(tensor) if tensor.dim() else 1)
-        if tensor.dim() == 2 and not tensor.is_floating_point() and not tensor.is_complex():
-            tokens = tensor.numel()
-            break
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    return samples, ids.numel() if isinstance(ids, Tensor) else tokens
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
+    # Asked about every batch, so without generators.
     if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _tensors(value)
-    elif isinstance(batch, tuple | list):
-        for value in batch:
-            yield from _tensors(value)
+        samples = len(batch) if batch.dim() else 1
+        has_ids = batch.dim() == 2 and not batch.is_floating_point() and not batch.is_complex()
+        return samples, batch.numel() if has_ids else 0
+    if isinstance(batch, tuple | list):
+        return _first(batch)
+    if isinstance(batch, Mapping):
+        ids = batch.get("input_ids")
+        samples, tokens = _first(batch.values())
+        return samples, ids.numel() if isinstance(ids, Tensor) else tokens
+    return 0, 0
+
+
+def _first(parts: Iterable[Any]) -> tuple[int, int]:
+    samples = 0
+    for part in parts:
+        of_part, tokens = samples_and_tokens(part)
+        samples = samples or of_part
+        if tokens:
+            return samples, tokens
+    return samples, 0

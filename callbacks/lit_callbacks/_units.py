@@ -29,6 +29,10 @@ _PASSED_ON = (
 )  # fmt: skip
 
 
+WRITTEN_OUT = "transformers.activations"
+"""Hugging Face writes some activations out in elementary functions; their modules are told by where they come from."""
+
+
 class Rows(NamedTuple):
     """The weight matrix that made a tensor, and the dimension along which the input of a unit lies."""
 
@@ -67,8 +71,8 @@ class UnitFollower:
         }
 
     def on_module(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Hugging Face writes some activations out in elementary functions; their modules are told by their package."""
-        if type(module).__module__ == "transformers.activations" and isinstance(output, Tensor) and args:
+        """One of :data:`WRITTEN_OUT` has returned."""
+        if isinstance(output, Tensor) and args:
             self._activate(args[0], output, name)
 
     def finish(self) -> None:

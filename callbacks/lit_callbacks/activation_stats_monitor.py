@@ -101,7 +101,8 @@ class ActivationStatsMonitor(ForwardObserver):
         stream = _first_tensor(output)
         if stream is None:
             return
-        sums, largest = power_sums(stream), stream.abs().max().float().view(1)
+        low, high = torch.aminmax(stream)
+        sums, largest = power_sums(stream), torch.maximum(-low, high).float().view(1)
         self._sums[name] = sums + self._sums[name] if name in self._sums else sums
         self._largest[name] = torch.maximum(largest, self._largest[name]) if name in self._largest else largest
 

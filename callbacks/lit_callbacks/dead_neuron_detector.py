@@ -14,7 +14,7 @@ from lit_callbacks._forward_observer import ForwardObserver
 from lit_callbacks._intercept import Call
 from lit_callbacks._names import metric_key
 from lit_callbacks._ranks import Measurement
-from lit_callbacks._units import UnitFollower, Units
+from lit_callbacks._units import WRITTEN_OUT, Rows, UnitFollower, Units
 from lit_callbacks.functional import silent_units
 
 WEIGHT_DEAD = 1e-6
@@ -107,7 +107,7 @@ class DeadNeuronDetector(ForwardObserver):
         self._follower: UnitFollower | None = None
         self._activity: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
-        self._rows: dict[str, Tensor] = {}
+        self._rows: dict[str, tuple[Rows, ...]] = {}
 
     def handlers(self) -> dict[Callable[..., Any], Callable[[Call], None]]:
         """What a follower wants to see."""
@@ -119,7 +119,7 @@ class DeadNeuronDetector(ForwardObserver):
 
     def on_module(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Some activations are known by their module."""
-        if self._follower is not None:
+        if type(module).__module__ == WRITTEN_OUT and self._follower is not None:
             self.attempt(self._follower.on_module, name, module, args, output)
 
     def on_end(self) -> None:
@@ -136,12 +136,19 @@ class DeadNeuronDetector(ForwardObserver):
         activity = values.float().abs().sum(0)
         self._activity[name] = activity + self._activity[name] if name in self._activity else activity
         self._tokens[name] = len(values) + self._tokens.get(name, 0)
-        if units.rows and name not in self._rows:
-            norms = torch.cat([torch.linalg.vector_norm(weight, dim=dim) for weight, dim in units.rows])
-            self._rows[name] = (norms < WEIGHT_DEAD).float().mean().view(1)
+        self._rows[name] = units.rows
+
+    @torch.no_grad()
+    def _dead_rows(self) -> dict[str, Tensor]:
+        shares = {}
+        for name, rows in self._rows.items():
+            if rows:
+                norms = torch.cat([torch.linalg.vector_norm(weight, dim=dim) for weight, dim in rows])
+                shares[name] = (norms < WEIGHT_DEAD).float().mean().view(1)
+        return shares
 
     def collected(self, trainer: Trainer) -> Measurement:
-        """Activities and tokens of this rank, and the shares of dead rows, which are the same on all ranks."""
+        """Activities and tokens of this rank, and the shares of dead rows."""
         if not self._activity and not self._warned:
             self._warned = True
             rank_zero_warn(
@@ -149,7 +156,8 @@ class DeadNeuronDetector(ForwardObserver):
                 "between linear layers; there is nothing it could log."
             )
         tokens = {f"tokens {name}": self._activity[name].new_tensor([number]) for name, number in self._tokens.items()}
-        return Measurement({**self._activity, **tokens}, self._rows)
+        # The same on all ranks that have seen a layer. In a fit rank zero's are logged, once the window is full.
+        return Measurement({**self._activity, **tokens}, self._dead_rows() if self._all_tokens else {})
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Remember which step the window ends with."""
@@ -164,7 +172,7 @@ class DeadNeuronDetector(ForwardObserver):
             self._window[name] = values if before is None else values + before.to(values.device)
         tokens = [values for name, values in self._window.items() if name.startswith("tokens ")]
         full = tokens and (self._all_tokens or torch.cat(tokens).min() >= self.window_tokens)
-        return self._close_window(total.maxima) if full else {}
+        return self._close_window(total.maxima or self._dead_rows()) if full else {}
 
     def _close_window(self, dead_rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         parts = [*self._window.values(), *dead_rows.values()]

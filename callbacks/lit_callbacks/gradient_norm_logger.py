@@ -86,18 +86,26 @@ class GradientNormLogger(StepObserver):
         self._vanishing, self._exploding = InARow(patience=2), InARow(patience=2)
         self._warned = False
         self._scaled_alike = False
+        self._trained: tuple[int, ...] = ()
+        self._elements, self._sizes = 0.0, list[float]()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See whether anything but clipping by norm can come between the gradient and the optimizer."""
         super().on_fit_start(trainer, pl_module)
         self._scaled_alike = _only_clips_by_norm(trainer, pl_module)
+        self._trained = ()
 
     def before(self, trainer: Trainer, step: Step) -> None:
         """The norm of each parameter's gradient."""
         assert self.parameter_groups is not None
         gradients = facts_of(trainer).gradients(trainer, step.optimizer)
         groups = self.parameter_groups
-        numbers = torch.tensor([float(p.numel()) for p in gradients.parameters])
+        # How many elements have a gradient, in all and by group; groups of another optimizer, or frozen, have none.
+        trained = tuple(map(id, gradients.parameters))
+        if trained != self._trained:
+            numbers = torch.tensor([float(p.numel()) for p in gradients.parameters])
+            self._trained, self._elements = trained, numbers.sum().item()
+            self._sizes = groups.sums(groups.place(gradients.parameters, numbers)).tolist()
         used = gradients.parameters
         if self._scaled_alike:
             used = used[:: -(-len(used) // SAMPLE)]
@@ -106,10 +114,9 @@ class GradientNormLogger(StepObserver):
             "sample": torch.linalg.vector_norm(gradients.norms[:: -(-len(gradients.norms) // SAMPLE)]),
             "norms": groups.place(gradients.parameters, gradients.norms),
             "total": gradients.total,
-            "elements": numbers.sum().item(),
+            "elements": self._elements,
             "parameters": len(gradients.parameters),
-            # Groups that belong to another optimizer, or are frozen, have no gradient.
-            "sizes": groups.sums(groups.place(gradients.parameters, numbers)).tolist(),
+            "sizes": self._sizes,
         }
 
     def after(self, trainer: Trainer, step: Step) -> None:

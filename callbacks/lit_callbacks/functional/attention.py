@@ -127,24 +127,26 @@ def _by_head(
     # Enough to fill a GPU; on a CPU, what stays in its cache.
     budget = 2**18 if visible.device.type == "cpu" else 2**24
     size = max(1, budget // (shape[:-1].numel() * keys))
-    entropies, firsts, largest = [], [], []
+    # Written in place: small results kept between large blocks break up the heap, which then grows by a block each time.
+    entropies, firsts, largest = torch.empty(3, *shape, device=visible.device, dtype=torch.float32).unbind()
     for start in range(0, rows, size):
         s = logits(start, min(start + size, rows))
         top = s.amax(-1, keepdim=True)
         p = s.sub_(top).exp()
         total = p.sum(-1)
-        entropies.append(total.log() - s.mul_(p).sum(-1) / total)
-        firsts.append(p[..., 0] / total)
-        largest.append(top.squeeze(-1))
+        here = slice(start, start + size)
+        entropies[..., here] = total.log() - s.mul_(p).sum(-1) / total
+        firsts[..., here] = p[..., 0] / total
+        largest[..., here] = top.squeeze(-1)
     visible = visible.expand(shape)
-    entropy = (torch.cat(entropies, -1) / visible.clamp(min=2).log()).clamp(0, 1)
+    entropy = (entropies / visible.clamp(min=2).log()).clamp(0, 1)
     weight = (visible > 1).float()
     head = torch.arange(heads, device=entropy.device).view(-1, 1).expand(shape)
     bins = (entropy * ENTROPY_BINS).long().clamp_(0, ENTROPY_BINS - 1) + head * ENTROPY_BINS
     histogram = torch.zeros(heads * ENTROPY_BINS, device=entropy.device, dtype=torch.float32)
     histogram.index_add_(0, bins.flatten(), weight.flatten())
-    sums = [_sum_by_head(x) for x in (weight, entropy * weight, torch.cat(firsts, -1) * weight)]
-    top_logits = torch.cat(largest, -1).masked_fill(visible == 0, -torch.inf)
+    sums = [_sum_by_head(x) for x in (weight, entropy * weight, firsts * weight)]
+    top_logits = largest.masked_fill(visible == 0, -torch.inf)
     return AttentionStatistics(
         torch.cat([histogram.view(heads, -1), torch.stack(sums, -1)], -1),
         top_logits.movedim(-2, 0).flatten(1).amax(-1),

@@ -127,7 +127,7 @@ def _by_head(
     # Enough to fill a GPU; on a CPU, what stays in its cache.
     budget = 2**18 if visible.device.type == "cpu" else 2**24
     size = max(1, budget // (shape[:-1].numel() * keys))
-    # Written in place: small results kept between large blocks break up the heap, which then grows by a block each time.
+    # Written in place: small results kept between large blocks break up the heap, which then grows by a block each.
     entropies, firsts, largest = torch.empty(3, *shape, device=visible.device, dtype=torch.float32).unbind()
     for start in range(0, rows, size):
         s = logits(start, min(start + size, rows))

@@ -1,5 +1,6 @@
 """Callbacks that watch and protect transformer training, in any PyTorch Lightning project."""
 
+from lit_callbacks._errors import SetupError
 from lit_callbacks._recommended import recommended
 from lit_callbacks.activation_stats_monitor import ActivationStatsMonitor
 from lit_callbacks.attention_entropy_monitor import AttentionEntropyMonitor
@@ -19,6 +20,7 @@ __all__ = [
     "NonFiniteError",
     "NonFiniteGuard",
     "ParameterStatsLogger",
+    "SetupError",
     "ThroughputLogger",
     "recommended",
 ]

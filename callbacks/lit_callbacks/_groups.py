@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from lit_callbacks._errors import SetupError
 from lit_callbacks._names import clean_name, metric_key
 
 KINDS = ("attention_in", "attention_out", "feed_forward_in", "feed_forward_out", "norm", "embedding", "head", "other")
@@ -49,7 +50,7 @@ class ParameterGroups:
             labels = _labels(rule, self.parameters, [(owners[name], p) for name, p in named])
             for label, members in labels.items():
                 if label in groups:
-                    raise ValueError(f"groups must have different names, got two called {label!r} from {list(by)}")
+                    raise SetupError(f"groups must have different names, got two called {label!r} from {list(by)}")
                 groups[label] = members
         self.names, self.members = list(groups), groups
         self._member = torch.tensor([i for members in groups.values() for i in members], dtype=torch.long)
@@ -90,7 +91,7 @@ def _labels(rule: str, names: list[str], owners: list[tuple[nn.Module, Tensor]])
     else:
         labels[metric_key(rule)] = [i for i, name in enumerate(names) if fnmatchcase(name, rule)]
         if not labels[metric_key(rule)]:
-            raise ValueError(
+            raise SetupError(
                 f"groups must be 'layers', 'kinds', 'parameters' or globs that match parameters, got {rule!r}, which "
                 f"matches none of {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
             )

@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_callbacks._errors import SetupError
 from lit_callbacks._facts import forget
 
 
@@ -78,7 +79,7 @@ def _refuse_sharded(callback: Member, trainer: Trainer) -> None:
     # By name: `lightning` and `pytorch_lightning` each have their own classes. DeepSpeedStrategy is a DDPStrategy.
     names = {cls.__name__ for cls in type(trainer.strategy).__mro__}
     if names.isdisjoint({"SingleDeviceStrategy", "DDPStrategy"}) or "DeepSpeedStrategy" in names:
-        raise ValueError(
+        raise SetupError(
             f"{type(callback).__name__} reads whole gradients, so it works on a single device and under DDP, but not "
             f"yet under {type(trainer.strategy).__name__}. Use strategy='ddp', or leave the callback out."
         )

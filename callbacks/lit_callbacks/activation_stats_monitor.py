@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lit_callbacks._errors import SetupError
 from lit_callbacks._forward_observer import ForwardObserver
 from lit_callbacks._names import clean_name, metric_key
 from lit_callbacks._ranks import Measurement
@@ -86,7 +87,7 @@ class ActivationStatsMonitor(ForwardObserver):
         names = [clean_name(name) for name, _ in pl_module.named_modules() if name]
         self._blocks = {name for name in names if fnmatchcase(name, self.modules)}
         if not self._blocks:
-            raise ValueError(
+            raise SetupError(
                 f"modules must match modules of {type(pl_module).__name__}, got {self.modules!r}, which matches "
                 f"none of {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
             )

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lit_callbacks import _ranks
 from lit_callbacks._actor import Actor
 from lit_callbacks._buffers import BufferCopy
+from lit_callbacks._errors import SetupError
 from lit_callbacks._facts import facts_of, has_scaler, parameters
 from lit_callbacks._member import publish
 from lit_callbacks._names import clean_name
@@ -72,7 +73,7 @@ class NonFiniteGuard(Actor):
         """Refuse manual optimization."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and not pl_module.automatic_optimization:
-            raise ValueError(
+            raise SetupError(
                 "NonFiniteGuard needs automatic optimization: in manual optimization it cannot tell which losses "
                 "belong to which optimizer step. Skip such steps in your training_step, or leave the callback out."
             )
@@ -82,12 +83,12 @@ class NonFiniteGuard(Actor):
         for optimizer in trainer.optimizers:
             name = type(optimizer).__name__
             if has_scaler(trainer) and getattr(optimizer, "_step_supports_amp_scaling", False):
-                raise ValueError(
+                raise SetupError(
                     f"NonFiniteGuard cannot skip a step of a fused {name} under a GradScaler: torch raises an "
                     "AssertionError when gradients are missing. Use fused=False, or precision='bf16-mixed'."
                 )
             if fault := step_without_gradients_fault(optimizer):
-                raise ValueError(
+                raise SetupError(
                     f"NonFiniteGuard skips a step by removing the gradients, which is not safe with {name}: {fault}. "
                     "Use an optimizer that ignores parameters without gradients, as torch.optim.AdamW does, or leave "
                     "the callback out."

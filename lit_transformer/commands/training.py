@@ -136,7 +136,7 @@ class TrainingCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
-        except MisconfigurationException as error:
+        except (MisconfigurationException, lit_callbacks.SetupError) as error:
             raise UsageError(str(error)) from error
         except SystemExit:
             if not self.trainer.interrupted:

@@ -317,6 +317,15 @@ MISTAKES = {
         "a warm-up of 50 updates is longer than the run of 20",
     ),
     "no such device": (["--trainer.devices", "0"], "devices"),
+    "a glob for no parameter": (
+        ["--gradient_norm_logger.groups", '["nothing.*"]'],
+        "groups must be 'layers', 'kinds', 'parameters' or globs that match parameters, got 'nothing.*'",
+    ),
+    "a glob for no module": (
+        ["--activation_stats_monitor.modules", "x.*"],
+        "modules must match modules of LitCausalLM",
+    ),
+    "dormancy": (["--dead_neuron_detector.tau", "2"], "tau must be between 0 and 1, got 2.0"),
     "checkpoint cadence": (["--checkpoint_every_n_steps", "0"], "checkpoint_every_n_steps must be at least 1, got 0"),
 }
 

@@ -7,11 +7,11 @@ dropout, reshapes and the like pass that on, until a linear layer takes the unit
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from lit_callbacks._intercept import Call
 
@@ -57,8 +57,8 @@ class UnitFollower:
 
     def __init__(self, found: Callable[[str, Units], None]) -> None:
         self._found = found
-        self._made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._units: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        # By identity: what a matrix has made, or units. A look-up by torch's weak dictionaries takes ten times as long.
+        self._held: dict[int, tuple[ref[Tensor], tuple[Rows, ...] | Units]] = {}
 
     def handlers(self) -> dict[Callable[..., Any], Callable[[Call], None]]:
         """What to do after each function."""
@@ -77,11 +77,17 @@ class UnitFollower:
 
     def finish(self) -> None:
         """The forward pass is over."""
-        for units in list(self._units.values()):
-            if units.rows:
-                self._found(units.where, units)
-        self._made.clear()
-        self._units.clear()
+        for _, held in list(self._held.values()):
+            if isinstance(held, Units) and held.rows:
+                self._found(held.where, held)
+        self._held.clear()
+
+    def _of(self, x: Any) -> tuple[Rows, ...] | Units | None:
+        entry = self._held.get(id(x))
+        return entry[1] if entry is not None and entry[0]() is x else None
+
+    def _hold(self, x: Tensor, held: tuple[Rows, ...] | Units) -> None:
+        self._held[id(x)] = ref(x), held
 
     def _linear(self, call: Call) -> None:
         if call.function is torch.addmm:
@@ -92,40 +98,48 @@ class UnitFollower:
             x, weight, dim = call.args[0], call.argument(1, "other"), 0
         if not isinstance(weight, Tensor) or weight.dim() != 2:
             return
-        units = self._units.pop(x, None)
-        if units is not None:
+        units = self._of(x)
+        if isinstance(units, Units):
+            del self._held[id(x)]
             self._found(call.name, units)
-        self._made[call.output] = (Rows(weight, dim),)
+        self._hold(call.output, (Rows(weight, dim),))
 
     def _activation(self, call: Call) -> None:
         self._activate(call.argument(0, "input"), call.output, call.name)
 
     def _activate(self, x: Tensor, output: Tensor, where: str) -> None:
-        if output in self._units:  # a module that calls a function
+        if isinstance(self._of(output), Units):  # a module that calls a function
             return
-        rows = self._made.get(x, ())
-        self._units[output] = Units(output.detach(), rows, where)
+        made = self._of(x)
+        self._hold(output, Units(output.detach(), made if made and not isinstance(made, Units) else (), where))
 
     def _product(self, call: Call) -> None:
         factors = [x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)]
-        units = [self._units.pop(x) for x in factors if x in self._units]
+        units = [held for x in factors if isinstance(held := self._of(x), Units)]
         if units and isinstance(call.output, Tensor):
-            made = [self._made[x] for x in factors if x in self._made]
+            made = [held for x in factors if (held := self._of(x)) and not isinstance(held, Units)]
             rows = (*(row for u in units for row in u.rows), *(row for m in made for row in m))
-            self._units[call.output] = Units(call.output.detach(), rows, units[0].where)
+            for x in factors:
+                self._held.pop(id(x), None)
+            self._hold(call.output, Units(call.output.detach(), rows, units[0].where))
 
     def _power(self, call: Call) -> None:
-        units = self._units.pop(call.args[0], None) if isinstance(call.args[0], Tensor) else None
-        if units is not None:
-            self._units[call.output] = units._replace(values=call.output.detach())
+        units = self._of(call.args[0])
+        if isinstance(units, Units):
+            del self._held[id(call.args[0])]
+            self._hold(call.output, units._replace(values=call.output.detach()))
 
     def _passed_on(self, call: Call) -> None:
         x = call.argument(0, "input")
-        if x in self._made:
+        held = self._of(x)
+        if held is None or call.output is x:
+            return
+        if not isinstance(held, Units):
             for output in _tensors(call.output):
-                self._made[output] = self._made[x]
-        if x in self._units and isinstance(call.output, Tensor) and call.output.shape[-1:] == x.shape[-1:]:
-            self._units[call.output] = self._units[x] if call.output is x else self._units.pop(x)
+                self._hold(output, held)
+        elif isinstance(call.output, Tensor) and call.output.shape[-1:] == x.shape[-1:]:
+            del self._held[id(x)]
+            self._hold(call.output, held)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

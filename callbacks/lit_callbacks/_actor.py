@@ -1,9 +1,7 @@
 """The base of every callback that changes training."""
 
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 
-from lit_callbacks import _ranks
 from lit_callbacks._events import EventLog, run_folder
 from lit_callbacks._member import Member
 
@@ -24,8 +22,3 @@ class Actor(Member):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.events = EventLog(run_folder(trainer))
-
-    def agree(self, trainer: Trainer, values: Tensor) -> list[float]:
-        """The largest of each value over all ranks: one small collective and one read by the host."""
-        agreed: list[float] = _ranks.largest(trainer, values).tolist()
-        return agreed

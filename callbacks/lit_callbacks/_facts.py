@@ -1,8 +1,10 @@
 """Facts about the optimizer step under way, measured at most once and shared by all our callbacks on a trainer.
 
-Everything here stays on the device: nothing is computed until asked for, and nothing is read back to the host.
+Nothing is computed until asked for. It all stays on the device, but for :meth:`StepFacts.reading`: what actors decide
+on, in one collective and one read by the host for all of them.
 """
 
+import math
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -11,6 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_callbacks._ranks import rows_of_ranks
 from lit_callbacks.functional import tensor_norms
 
 
@@ -22,14 +25,31 @@ class Gradients(NamedTuple):
     total: Tensor
 
 
+class Reading(NamedTuple):
+    """What all ranks agree on about a step.
+
+    The loss is the mean over ranks and micro-batches, None if there was none; the gradient norm is before clipping.
+    """
+
+    loss: float | None
+    grad_norm: float
+    first_bad_rank: int | None
+
+    @property
+    def finite(self) -> bool:
+        """Whether the loss is; a step without one has nothing wrong with it."""
+        return self.loss is None or math.isfinite(self.loss)
+
+
 class StepFacts:
-    """Loss and gradient norms of the current optimizer step, on this rank."""
+    """Loss and gradient norms of the current optimizer step, on this rank unless said otherwise."""
 
     def __init__(self) -> None:
         self._recorder: Callback | None = None
         self._step = -1
         self._losses: list[Tensor] = []
         self._gradients: tuple[tuple[int, int], Gradients] | None = None
+        self._reading: tuple[tuple[int, int], Reading] | None = None
 
     def record_loss(self, recorder: Callback, step: int, loss: Tensor) -> None:
         """Remember a micro-batch's loss. Every callback that asks for losses reports it; only the first is heard."""
@@ -61,6 +81,23 @@ class StepFacts:
     def grad_norm(self, trainer: Trainer, optimizer: Optimizer) -> Tensor:
         """The norm of all of them together."""
         return self.gradients(trainer, optimizer).total
+
+    def reading(self, trainer: Trainer, optimizer: Optimizer) -> Reading:
+        """Loss and gradient norm over all ranks, on the host. All ranks must ask together."""
+        key = (trainer.global_step, id(optimizer))
+        if self._reading is None or self._reading[0] != key:
+            losses = self.losses(trainer)
+            norm = self.grad_norm(trainer, optimizer).to(losses.device)
+            mine = torch.stack([losses.sum(), torch.full_like(norm, len(losses)), norm])
+            self._reading = key, _read(rows_of_ranks(trainer, mine).tolist())
+        return self._reading[1]
+
+
+def _read(ranks: list[list[float]]) -> Reading:
+    sums, counts, norms = zip(*ranks, strict=True)
+    bad = [rank for rank, total in enumerate(sums) if not math.isfinite(total)]
+    loss = sum(sums) / sum(counts) if any(counts) else None
+    return Reading(loss, norms[0], bad[0] if bad else None)
 
 
 def _gradients(optimizer: Optimizer, scale: Tensor | None) -> Gradients:

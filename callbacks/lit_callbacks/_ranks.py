@@ -26,6 +26,15 @@ def largest(trainer: Trainer, values: Tensor) -> Tensor:
     return values
 
 
+def rows_of_ranks(trainer: Trainer, values: Tensor) -> Tensor:
+    """Every rank's vector as a row, by rank, in one small collective."""
+    rows = torch.zeros(trainer.world_size, len(values), device=values.device, dtype=values.dtype)
+    rows[trainer.global_rank] = values
+    if trainer.world_size > 1:
+        dist.all_reduce(rows)
+    return rows
+
+
 def gather(trainer: Trainer, item: T) -> list[T]:
     """Every rank's item, by rank: slow, for rare events only."""
     if trainer.world_size == 1:

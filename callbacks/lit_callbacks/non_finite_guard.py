@@ -3,19 +3,18 @@
 import math
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_callbacks import _ranks
 from lit_callbacks._actor import Actor
-from lit_callbacks._buffers import BufferCopy
 from lit_callbacks._errors import SetupError
-from lit_callbacks._facts import facts_of, has_scaler, parameters
+from lit_callbacks._facts import Reading, facts_of, has_scaler
 from lit_callbacks._member import publish
 from lit_callbacks._names import clean_name
 from lit_callbacks._probe import step_without_gradients_fault
+from lit_callbacks._window import Window
 from lit_callbacks.functional import tensor_norms
 from lit_callbacks.protocols import HasSampleIds
 
@@ -27,10 +26,11 @@ class NonFiniteError(RuntimeError):
 class NonFiniteGuard(Actor):
     r"""Skip an optimizer step whose loss or gradient is NaN or infinite, on all ranks together.
 
-    A skipped step leaves weights, optimizer state and persistent buffers (BatchNorm's statistics) exactly as they were:
-    the gradients are set to None, because zeroed ones still move weights by momentum and decay, and ``0 * nan`` is NaN.
-    The learning-rate schedule and ``trainer.global_step`` go on. With accumulation the whole window is dropped. An
-    infinite *gradient* under a GradScaler is how the scaler searches for its factor, and is left to it.
+    A skipped step leaves weights, optimizer state, persistent buffers (BatchNorm's statistics), metrics and random
+    number generators exactly as they were: the gradients are set to None, because zeroed ones still move weights by
+    momentum and decay, and ``0 * nan`` is NaN. The learning-rate schedule and ``trainer.global_step`` go on. With
+    accumulation the whole window is dropped. An infinite *gradient* under a GradScaler is how the scaler searches for
+    its factor, and is left to it.
 
     What was skipped is appended to ``events.jsonl`` in the run folder, with the first rank that saw it and, where the
     data module offers ``sample_ids`` (see :mod:`lit_callbacks.protocols`), the samples. If that file cannot be written,
@@ -51,8 +51,9 @@ class NonFiniteGuard(Actor):
 
     State: the two counters and the number of skipped steps in a row.
 
-    Cost: the gradient norm and one read by the host on every step; a copy of the buffers at every window's start, if
-    the model has any. Where the data module offers ``sample_ids``, the batches of a window are kept until the next.
+    Cost: the gradient norm and one read by the host on every step; at every window's start a copy of the generators'
+    states (20 microseconds) and of the buffers, if the model has any. Where the data module offers ``sample_ids``, the
+    batches of a window are kept until the next.
 
     Example:
         >>> NonFiniteGuard(patience=3).patience
@@ -65,9 +66,7 @@ class NonFiniteGuard(Actor):
         super().__init__()
         self.patience = patience
         self._counts = {"nonfinite": 0, "skipped_steps": 0, "in_a_row": 0}
-        self._buffers: BufferCopy | None = None
-        self._batches: list[Any] = []
-        self._batch: Any = None
+        self._window: Window | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse manual optimization."""
@@ -95,37 +94,26 @@ class NonFiniteGuard(Actor):
                 )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make room for the buffers, now that a checkpoint has been loaded."""
-        self._buffers = BufferCopy(pl_module)
+        """Look at the module now that a checkpoint has been loaded."""
+        self._window = Window(trainer, pl_module, keep_batches=_data(trainer) is not None)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember what the forward pass is about to change."""
-        if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._batches = []
-            if self._buffers is not None:
-                self._buffers.save()
-        self._batch = batch if _data(trainer) is not None else None
+        assert self._window is not None
+        self._window.start_batch(trainer, batch, batch_idx)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Let the shared facts see the loss, and remember which batch it belongs to."""
-        facts_of(trainer).record_loss(self, trainer.global_step, loss)
-        if self._batch is not None:
-            self._batches.append(self._batch)
+        assert self._window is not None
+        self._window.record_loss(self, trainer, loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Agree on whether this step is finite; if it is not, skip it and say so."""
-        facts = facts_of(trainer)
-        bad_loss = ~facts.losses(trainer).isfinite().all()
-        bad_gradient = torch.zeros_like(bad_loss)
-        if not has_scaler(trainer):
-            bad_gradient = ~facts.grad_norm(trainer, optimizer).isfinite().to(bad_loss.device)
-        first = bad_loss * (trainer.world_size - trainer.global_rank)  # largest on the first bad rank, 0 on good ones
-        first_bad, gradient_is_bad = self.agree(trainer, torch.stack([first.float(), bad_gradient.float()]))
-        if not first_bad and not gradient_is_bad:
+        reading = facts_of(trainer).reading(trainer, optimizer)
+        if reading.finite and (math.isfinite(reading.grad_norm) or has_scaler(trainer)):
             self._counts["in_a_row"] = 0
             return
-        first_bad_rank = trainer.world_size - int(first_bad) if first_bad else None
-        event = self._describe(trainer, pl_module, optimizer, first_bad_rank)
+        event = self._describe(trainer, pl_module, reading)
         self._skip(optimizer)
         self.events.write(**event)
         values = {f"loss_spike/{key}": float(self._counts[key]) for key in ("nonfinite", "skipped_steps")}
@@ -134,23 +122,19 @@ class NonFiniteGuard(Actor):
             raise NonFiniteError(_message(event))
 
     def _skip(self, optimizer: Optimizer) -> None:
-        for parameter in parameters(optimizer):
-            parameter.grad = None
-        if self._buffers is not None:
-            self._buffers.restore()
+        assert self._window is not None
+        self._window.undo(optimizer)
         for key in self._counts:
             self._counts[key] += 1
 
-    def _describe(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, first_bad_rank: int | None
-    ) -> dict[str, Any]:
-        facts = facts_of(trainer)
-        losses = facts.losses(trainer).tolist()
+    def _describe(self, trainer: Trainer, pl_module: LightningModule, reading: Reading) -> dict[str, Any]:
+        first_bad_rank = reading.first_bad_rank
+        losses = facts_of(trainer).losses(trainer).tolist()
         ids: list[int] = []
-        if (data := _data(trainer)) is not None:
-            for batch, loss in zip(self._batches, losses, strict=True):
+        if (data := _data(trainer)) is not None and self._window is not None:
+            for micro_batch, loss in zip(self._window.micro_batches, losses, strict=True):
                 if first_bad_rank is None or not math.isfinite(loss):
-                    ids += data.sample_ids(batch)
+                    ids += data.sample_ids(micro_batch.batch)
         reports = _ranks.gather(trainer, (sum(losses) / max(len(losses), 1), ids))
         return {
             "step": trainer.global_step,
@@ -158,24 +142,21 @@ class NonFiniteGuard(Actor):
             "rule": "non_finite_gradient" if first_bad_rank is None else "non_finite_loss",
             "in_a_row": self._counts["in_a_row"] + 1,
             "loss": reports[first_bad_rank or 0][0],
-            "grad_norm": float(facts.grad_norm(trainer, optimizer)),
+            "grad_norm": reading.grad_norm,
             "parameter": _first_non_finite(pl_module),
             "first_bad_rank": first_bad_rank,
             "sample_ids": [i for _, ids in reports for i in ids] or None,
         }
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of batches and buffers."""
+        """Let go of the batches."""
         super().teardown(trainer, pl_module, stage)
-        self._release()
+        self._window = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of batches and buffers."""
+        """Let go of the batches."""
         super().on_exception(trainer, pl_module, exception)
-        self._release()
-
-    def _release(self) -> None:
-        self._buffers, self._batches, self._batch = None, [], None
+        self._window = None
 
     def state_dict(self) -> dict[str, Any]:
         """The counters."""

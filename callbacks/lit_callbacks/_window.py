@@ -1,0 +1,55 @@
+"""The micro-batches of the optimizer step under way, and how to undo it before it is made."""
+
+from typing import Any, NamedTuple
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lit_callbacks._facts import facts_of, parameters
+from lit_callbacks._forward_state import ForwardState
+
+
+class MicroBatch(NamedTuple):
+    """A batch that had a loss, and its index in the epoch."""
+
+    batch: Any
+    batch_idx: int
+
+
+class Window:
+    """What one accumulation window has seen, and what its forward passes changed.
+
+    Args:
+        trainer: The trainer.
+        module: The module that is trained.
+        keep_batches: Whether to hold on to the batches until the next window begins.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, keep_batches: bool = True) -> None:
+        self._before = ForwardState(module, trainer.strategy.root_device)
+        self._keep_batches = keep_batches
+        self._current: MicroBatch | None = None
+        self.micro_batches: list[MicroBatch] = []
+
+    def start_batch(self, trainer: Trainer, batch: Any, batch_idx: int) -> bool:
+        """Take note of a batch before its forward pass; whether it is the first of a window."""
+        first = batch_idx % trainer.accumulate_grad_batches == 0
+        if first:
+            self.micro_batches = []
+            self._before.save()
+        self._current = MicroBatch(batch, batch_idx) if self._keep_batches else None
+        return first
+
+    def record_loss(self, recorder: Any, trainer: Trainer, loss: Tensor) -> None:
+        """Let the shared facts see the loss of the current batch."""
+        facts_of(trainer).record_loss(recorder, trainer.global_step, loss)
+        if self._current is not None:
+            self.micro_batches.append(self._current)
+
+    def undo(self, optimizer: Optimizer) -> None:
+        """Make the coming optimizer step change nothing, and take back what the forward passes changed."""
+        # None, not zero: momentum and weight decay move weights with a zero gradient, and 0 * nan is nan.
+        for parameter in parameters(optimizer):
+            parameter.grad = None
+        self._before.restore()

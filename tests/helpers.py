@@ -107,7 +107,7 @@ class Tokens(Dataset):
         return {
             "tokens": self.tokens[index],
             "index": index,
-            "loss_factor": math.nan if fault == "nan" else math.inf if fault == "inf" else 1.0,
+            "loss_factor": {"nan": math.nan, "inf": math.inf, "spike": 50.0}.get(fault, 1.0),
             "bad_gradient": fault == "gradient",
         }
 

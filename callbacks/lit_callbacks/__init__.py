@@ -2,21 +2,29 @@
 
 from lit_callbacks._errors import SetupError
 from lit_callbacks._recommended import recommended
+from lit_callbacks._step_skipper import DivergenceError
 from lit_callbacks.activation_stats_monitor import ActivationStatsMonitor
+from lit_callbacks.adaptive_gradient_clipping import AdaptiveGradientClipping
 from lit_callbacks.attention_entropy_monitor import AttentionEntropyMonitor
 from lit_callbacks.dead_neuron_detector import DeadNeuronDetector
 from lit_callbacks.gradient_norm_logger import GradientNormLogger
 from lit_callbacks.loss_curve import LossCurve
+from lit_callbacks.loss_spike_recovery import LossSpikeRecovery
+from lit_callbacks.non_finite_autopsy import NonFiniteAutopsy
 from lit_callbacks.non_finite_guard import NonFiniteError, NonFiniteGuard
 from lit_callbacks.parameter_stats_logger import ParameterStatsLogger
 from lit_callbacks.throughput_logger import ThroughputLogger
 
 __all__ = [
     "ActivationStatsMonitor",
+    "AdaptiveGradientClipping",
     "AttentionEntropyMonitor",
     "DeadNeuronDetector",
+    "DivergenceError",
     "GradientNormLogger",
     "LossCurve",
+    "LossSpikeRecovery",
+    "NonFiniteAutopsy",
     "NonFiniteError",
     "NonFiniteGuard",
     "ParameterStatsLogger",

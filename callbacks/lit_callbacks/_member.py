@@ -14,7 +14,8 @@ class Member(Callback):
     """A callback of this package. Constructor arguments are kept as attributes of the same name."""
 
     order: int
-    """Position among our callbacks in every hook: 0 observers, 1 clipper, 2 guards and recovery, 3 checkpoints."""
+    """Position among our callbacks in every hook: -1 faults, 0 observers, 1 clipper and autopsy, 2 guards and
+    recovery, 3 checkpoints."""
 
     _state_key: str | None = None
 

@@ -7,7 +7,8 @@ from lit_callbacks.attention_entropy_monitor import AttentionEntropyMonitor
 from lit_callbacks.dead_neuron_detector import DeadNeuronDetector
 from lit_callbacks.gradient_norm_logger import GradientNormLogger
 from lit_callbacks.loss_curve import LossCurve
-from lit_callbacks.non_finite_guard import NonFiniteGuard
+from lit_callbacks.loss_spike_recovery import LossSpikeRecovery
+from lit_callbacks.non_finite_autopsy import NonFiniteAutopsy
 from lit_callbacks.parameter_stats_logger import ParameterStatsLogger
 from lit_callbacks.throughput_logger import ThroughputLogger
 
@@ -16,7 +17,7 @@ def recommended() -> list[Callback]:
     """New instances of the callbacks that every run should have, with their defaults.
 
     Example:
-        >>> "NonFiniteGuard" in [type(callback).__name__ for callback in recommended()]
+        >>> "LossSpikeRecovery" in [type(callback).__name__ for callback in recommended()]
         True
     """
     return [
@@ -27,5 +28,6 @@ def recommended() -> list[Callback]:
         ActivationStatsMonitor(),
         ParameterStatsLogger(),
         LossCurve(),
-        NonFiniteGuard(),
+        NonFiniteAutopsy(),
+        LossSpikeRecovery(),
     ]

@@ -1,5 +1,7 @@
 """The micro-batches of the optimizer step under way, and how to undo it before it is made."""
 
+import copy
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule, Trainer
@@ -8,13 +10,15 @@ from torch.optim import Optimizer
 
 from lit_callbacks._facts import facts_of, parameters
 from lit_callbacks._forward_state import ForwardState
+from lit_callbacks._rng import rng_state
 
 
 class MicroBatch(NamedTuple):
-    """A batch that had a loss, and its index in the epoch."""
+    """A batch that had a loss, its index in the epoch, and the states of the generators before its forward pass."""
 
     batch: Any
     batch_idx: int
+    generators: dict[str, Any] | None = None
 
 
 class Window:
@@ -27,7 +31,8 @@ class Window:
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, keep_batches: bool = True) -> None:
-        self._before = ForwardState(module, trainer.strategy.root_device)
+        self._device = trainer.strategy.root_device
+        self._before = ForwardState(module, self._device)
         self._keep_batches = keep_batches
         self._current: MicroBatch | None = None
         self.micro_batches: list[MicroBatch] = []
@@ -38,7 +43,10 @@ class Window:
         if first:
             self.micro_batches = []
             self._before.save()
-        self._current = MicroBatch(batch, batch_idx) if self._keep_batches else None
+        if self._keep_batches:
+            # The container is copied, because some training steps pop their labels out of it.
+            kept = copy.copy(batch) if isinstance(batch, Mapping | list) else batch
+            self._current = MicroBatch(kept, batch_idx, rng_state(self._device))
         return first
 
     def record_loss(self, recorder: Any, trainer: Trainer, loss: Tensor) -> None:
@@ -52,4 +60,8 @@ class Window:
         # None, not zero: momentum and weight decay move weights with a zero gradient, and 0 * nan is nan.
         for parameter in parameters(optimizer):
             parameter.grad = None
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Put back what the forward passes changed: buffers, metrics and generators are as the window found them."""
         self._before.restore()

@@ -30,7 +30,7 @@ from lit_transformer.run.report import FitReport, metrics_table, resume_command
 from lit_transformer.run.resume import check_same_configuration, load_checkpoint
 from lit_transformer.run.saved_config import SavedConfig
 
-# A callback's top-level key: NonFiniteGuard is non_finite_guard.
+# A callback's top-level key: LossSpikeRecovery is loss_spike_recovery.
 _DEFAULT_CALLBACKS = {
     re.sub(r"(?<!^)(?=[A-Z])", "_", type(callback).__name__).lower(): type(callback)
     for callback in lit_callbacks.recommended()

@@ -1,0 +1,58 @@
+"""Is it the weights? A batch from before tells."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from lit_callbacks import _ranks
+from lit_callbacks._replay import of_an_earlier_step, training_loss, without_trace
+from lit_callbacks._window import MicroBatch
+from lit_callbacks.functional import tensor_norms
+
+
+class ProbeBatch(NamedTuple):
+    """A batch, and the loss it had."""
+
+    micro_batch: MicroBatch
+    loss: Tensor
+
+
+def remember(micro_batch: MicroBatch, loss: Tensor) -> ProbeBatch:
+    """Keep a batch. Its tensors are copied: some loaders use theirs again."""
+    batch = tree_map_only(Tensor, torch.clone, micro_batch.batch)
+    return ProbeBatch(micro_batch._replace(batch=batch), loss.clone())
+
+
+def rise(trainer: Trainer, pl_module: LightningModule, probe: ProbeBatch | None) -> float | None:
+    """Nats by which the batch costs more now than it did, with the same dropout, on average over ranks.
+
+    Returns:
+        None where some rank cannot tell: it has no batch, or the training step cannot be run again.
+    """
+    device = trainer.strategy.root_device
+    change, failed = torch.zeros((), device=device), probe is None
+    token = of_an_earlier_step.set(True)
+    try:
+        if probe is not None:
+            with torch.no_grad(), without_trace(trainer, pl_module):
+                change = training_loss(trainer, pl_module, probe.micro_batch).float().reshape(()) - probe.loss
+    except Exception:
+        failed = True
+    finally:
+        of_an_earlier_step.reset(token)
+    ranks = _ranks.rows_of_ranks(trainer, torch.stack([change, torch.full_like(change, failed)])).tolist()
+    if any(failed for _, failed in ranks):
+        return None
+    return math.fsum(change for change, _ in ranks) / len(ranks)
+
+
+def weights_are_finite(trainer: Trainer, live: Mapping[str, Tensor]) -> bool:
+    """Whether all floating-point tensors are, on all ranks; also none so large that its norm is not."""
+    norms = tensor_norms([tensor for tensor in live.values() if tensor.is_floating_point()])
+    bad = (~norms.isfinite()).any().float().reshape(1).to(trainer.strategy.root_device)
+    return not _ranks.largest(trainer, bad).item()

@@ -1,0 +1,138 @@
+"""The base of actors that can skip an optimizer step."""
+
+import math
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lit_callbacks import _ranks
+from lit_callbacks._actor import Actor
+from lit_callbacks._errors import SetupError
+from lit_callbacks._facts import Reading, facts_of, has_scaler
+from lit_callbacks._names import clean_name
+from lit_callbacks._probe import step_without_gradients_fault
+from lit_callbacks._window import Window
+from lit_callbacks.functional import tensor_norms
+from lit_callbacks.protocols import HasSampleIds
+
+
+class DivergenceError(RuntimeError):
+    """Training cannot go on by itself. The weights in memory are those of the last good step, not of the bad ones."""
+
+
+class StepSkipper(Actor):
+    """Keeps what is needed to take a step back before it is made, and refuses runs in which that cannot be done.
+
+    A subclass decides in ``on_before_optimizer_step``, and calls :meth:`skip`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._window: Window | None = None
+        self._scaler: dict[str, Any] | None = None
+
+    @property
+    def window(self) -> Window:
+        """The accumulation window under way; during fit only."""
+        assert self._window is not None
+        return self._window
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse manual optimization."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and not pl_module.automatic_optimization:
+            raise SetupError(
+                f"{type(self).__name__} needs automatic optimization: in manual optimization it cannot tell which "
+                "losses belong to which optimizer step. Skip such steps in your training_step, or leave the callback "
+                "out."
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse optimizers whose step cannot be skipped."""
+        ours = type(self).__name__
+        for optimizer in trainer.optimizers:
+            name = type(optimizer).__name__
+            if has_scaler(trainer) and getattr(optimizer, "_step_supports_amp_scaling", False):
+                raise SetupError(
+                    f"{ours} cannot skip a step of a fused {name} under a GradScaler: torch raises an AssertionError "
+                    "when gradients are missing. Use fused=False, or precision='bf16-mixed'."
+                )
+            if fault := step_without_gradients_fault(optimizer):
+                raise SetupError(
+                    f"{ours} skips a step by removing the gradients, which is not safe with {name}: {fault}. Use an "
+                    "optimizer that ignores parameters without gradients, as torch.optim.AdamW does, or leave the "
+                    "callback out."
+                )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the module now that a checkpoint has been loaded."""
+        self._window = Window(trainer, pl_module, keep_batches=self.keeps_batches(trainer))
+
+    def keeps_batches(self, trainer: Trainer) -> bool:
+        """Whether to hold on to the batches of a window until the next."""
+        return _data(trainer) is not None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Remember what the forward pass is about to change."""
+        self.window.start_batch(trainer, batch, batch_idx)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Let the shared facts see the loss, and remember which batch it belongs to."""
+        self.window.record_loss(self, trainer, loss)
+
+    def skip(self, trainer: Trainer, optimizer: Optimizer, reading: Reading) -> None:
+        """Make the coming step change nothing: neither weights nor anything that its forward passes have touched."""
+        self.window.undo(optimizer)
+        # The scaler counts this step after us. Where only the gradient overflowed, it has to: that is its search.
+        if has_scaler(trainer) and not (reading.finite and not math.isfinite(reading.grad_norm)):
+            self._scaler = trainer.precision_plugin.state_dict()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Put the scaler back, which has counted a skipped step by now."""
+        if self._scaler is not None:
+            trainer.precision_plugin.load_state_dict(self._scaler)
+            self._scaler = None
+
+    def describe(self, trainer: Trainer, pl_module: LightningModule, reading: Reading) -> dict[str, Any]:
+        """What is known about a bad step: its numbers, its samples on all ranks, and where it is not finite."""
+        first_bad_rank = reading.first_bad_rank
+        losses = facts_of(trainer).losses(trainer).tolist()
+        ids: list[int] = []
+        if (data := _data(trainer)) is not None:
+            for micro_batch, loss in zip(self.window.micro_batches, losses, strict=True):
+                if first_bad_rank is None or not math.isfinite(loss):
+                    ids += data.sample_ids(micro_batch.batch)
+        reports = _ranks.gather(trainer, (sum(losses) / max(len(losses), 1), ids))
+        finite = reading.finite and math.isfinite(reading.grad_norm)
+        return {
+            "loss": reading.loss if first_bad_rank is None else reports[first_bad_rank][0],
+            "grad_norm": reading.grad_norm,
+            "parameter": None if finite else _first_non_finite(pl_module),
+            "first_bad_rank": first_bad_rank,
+            "sample_ids": [i for _, ids in reports for i in ids] or None,
+        }
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the batches."""
+        super().teardown(trainer, pl_module, stage)
+        self._window = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of the batches."""
+        super().on_exception(trainer, pl_module, exception)
+        self._window = None
+
+
+def _data(trainer: Trainer) -> HasSampleIds | None:
+    data: object = trainer.datamodule  # type: ignore[attr-defined]
+    return data if isinstance(data, HasSampleIds) else None
+
+
+def _first_non_finite(module: LightningModule) -> str | None:
+    named = [(name, p.grad) for name, p in module.named_parameters() if p.grad is not None]
+    finite = tensor_norms([gradient for _, gradient in named]).isfinite().tolist()
+    return next((clean_name(name) for (name, _), ok in zip(named, finite, strict=True) if not ok), None)

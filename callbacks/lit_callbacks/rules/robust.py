@@ -1,0 +1,138 @@
+"""The default rule: robust z-scores over a short window."""
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lit_callbacks.rules._rule import SpikeRule, Verdict, require
+
+_SD_OF_MAD = 1.4826  # the standard deviation of a normal distribution over its median absolute deviation
+_LOSS_FLOOR = 0.01  # of the median: the noise of very large batches is below that
+_NORM_FLOOR = 0.1  # of ln(gradient norm)
+_RECENT = 5
+_SHORT, _LONG = 20, 200  # steps that the slow eye compares
+_SLOW_SHARE, _SLOW_ERRORS = 0.05, 8.0
+
+
+@dataclass
+class RobustRule(SpikeRule):
+    r"""Median and MAD of the last accepted losses, and of the logarithms of their gradient norms.
+
+    With :math:`z = (x - \mathrm{median}) / \max(1.4826\,\mathrm{MAD}, \mathrm{floor})` for the loss, and the same for
+    the logarithm of the gradient norm, a step is anomalous if the loss is above ``k_loss``, or the norm above
+    ``k_norm``, or both above ``k_both``, or for the third time in five the loss is above ``k_often``. Rejected values
+    never enter the window. The constants were chosen on 42 000 healthy steps of 25 small language models and 166
+    faulted continuations: 0.7 false alarms in 1000 shuffled steps.
+
+    A step is suspicious if the loss is as far *below* the window, or if the median of the last 20 losses has risen
+    above its lowest of the last 200, by 5 % and by 8 standard errors: damage that comes slowly.
+
+    Args:
+        window: Accepted steps to compare with.
+        least: Accepted steps before anything is judged.
+        k_loss: For the loss alone.
+        k_norm: For the gradient norm alone.
+        k_both: For both together.
+        k_often: For the loss, three times in five steps.
+
+    Raises:
+        ValueError: If ``window`` is below 2, ``least`` not in 2..window, or a threshold not above 0.
+
+    State: at most ``window`` losses and norms, five flags, 200 medians.
+
+    Cost: 60 microseconds a step.
+
+    Example:
+        >>> rule = RobustRule()
+        >>> for step in range(40):
+        ...     rule.keep(2.0 + 0.1 * (step % 5), 1.0, accepted=True)
+        >>> rule.judge(2.3, 1.0).anomalous, rule.judge(4.0, 1.0).reason
+        (False, 'loss')
+    """
+
+    window: int = 40
+    least: int = 20
+    k_loss: float = 6.0
+    k_norm: float = 12.0
+    k_both: float = 4.0
+    k_often: float = 3.0
+
+    def __post_init__(self) -> None:
+        require("RobustRule", "window", self.window, 2)
+        require("RobustRule", "least", self.least, 2)
+        if self.least > self.window:
+            raise ValueError(f"RobustRule: least must be at most window = {self.window}, got {self.least}")
+        for name in ("k_loss", "k_norm", "k_both", "k_often"):
+            require("RobustRule", name, getattr(self, name), 0, above=True)
+        self.restart()
+
+    def judge(self, loss: float, grad_norm: float) -> Verdict:
+        """Look, and change nothing."""
+        losses, norms, high = self._memory["losses"], self._memory["norms"], self._memory["high"]
+        if len(losses) < self.least:
+            return Verdict(anomalous=False, score=0.0)
+        middle, scale = _middle_and_scale(losses)
+        scale = max(scale, _LOSS_FLOOR * abs(middle))
+        z_loss, excess = (loss - middle) / scale, loss - middle
+        log_middle, log_scale = _middle_and_scale(norms)
+        z_norm = (_log(grad_norm) - log_middle) / max(log_scale, _NORM_FLOOR)
+        often = z_loss > self.k_often and sum(high[1 - _RECENT :]) + 1 >= 3
+        parts = {
+            "loss": z_loss > self.k_loss,
+            "gradient norm": z_norm > self.k_norm,
+            "loss and gradient norm": min(z_loss, z_norm) > self.k_both,
+            "loss, often": often,
+        }
+        reason = next((part for part, spoke in parts.items() if spoke), "")
+        if reason:
+            return Verdict(True, z_loss, reason, max(excess, self.k_often * scale))
+        if z_loss < -self.k_loss:
+            return Verdict(False, z_loss, "loss too low", self.k_loss * scale, suspicious=True)
+        risen = self._risen(scale)
+        return Verdict(False, z_loss, "loss has risen" if risen else "", risen, suspicious=risen > 0)
+
+    def keep(self, loss: float, grad_norm: float, accepted: bool) -> None:
+        """Remember a step that was judged, and whether it was made."""
+        memory = self._memory
+        losses = memory["losses"]
+        if len(losses) >= self.least:
+            middle, scale = _middle_and_scale(losses)
+            high = loss - middle > self.k_often * max(scale, _LOSS_FLOOR * abs(middle))
+            memory["high"] = [*memory["high"], high][-_RECENT:]
+        if accepted:
+            memory["losses"] = [*losses, loss][-self.window :]
+            memory["norms"] = [*memory["norms"], _log(grad_norm)][-self.window :]
+            if len(memory["losses"]) >= _SHORT:
+                short = statistics.median(memory["losses"][-_SHORT:])
+                memory["medians"] = [*memory["medians"], short][-_LONG:]
+
+    def restart(self, values: Iterable[tuple[float, float]] = ()) -> None:
+        """Forget everything: the level has changed, and these losses and gradient norms are the new normal."""
+        self._memory = {"losses": [], "norms": [], "high": [], "medians": []}
+        for loss, grad_norm in values:
+            self._memory["losses"] = [*self._memory["losses"], loss][-self.window :]
+            self._memory["norms"] = [*self._memory["norms"], _log(grad_norm)][-self.window :]
+
+    def rewind(self) -> None:
+        """The weights have gone back to an earlier step: forget how the last losses followed one another."""
+        self._memory["high"], self._memory["medians"] = [], []
+
+    def _risen(self, scale: float) -> float:
+        """Nats by which the loss has risen slowly, 0 if it has not."""
+        medians = self._memory["medians"]
+        if len(medians) < _LONG // 2:
+            return 0.0
+        lowest = min(medians)
+        rise: float = medians[-1] - lowest
+        error = 1.25 * scale / math.sqrt(_SHORT)  # of a median
+        return rise if rise > max(_SLOW_SHARE * abs(lowest), _SLOW_ERRORS * error) else 0.0
+
+
+def _middle_and_scale(values: Sequence[float]) -> tuple[float, float]:
+    middle = statistics.median(values)
+    return middle, _SD_OF_MAD * statistics.median(abs(value - middle) for value in values)
+
+
+def _log(grad_norm: float) -> float:
+    return math.log(max(grad_norm, 1e-30))

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from lit_transformer.errors import UsageError
+from lit_transformer.errors import TrainingStopped, UsageError
 
 _OVERVIEW = """usage: {program} COMMAND [--config FILE] [--KEY VALUE ...]
 
@@ -21,7 +21,10 @@ Train transformers that do not blow up.
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a command; errors that a person can fix are one paragraph and exit code 2, Ctrl-C is exit code 130.
+    """Run a command, and exit with a code that says how it ended.
+
+    Errors that a person can fix are one paragraph and exit code 2; a run that recovery has stopped, exit code 3; Ctrl-C
+    is exit code 130.
 
     Args:
         args: The words after the program's name; those of the process by default.
@@ -32,6 +35,9 @@ def main(args: Sequence[str] | None = None) -> None:
     except UsageError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         sys.exit(2)
+    except TrainingStopped as error:
+        print(f"\n{error}", file=sys.stderr)
+        sys.exit(3)
     except KeyboardInterrupt:
         sys.exit(130)
 

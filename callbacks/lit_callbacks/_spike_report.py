@@ -1,5 +1,6 @@
 """What LossSpikeRecovery says: an event, a line and, where a logger has alerts, an alert for each action."""
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class SpikeReport:
             **event,
             text=text,
         )
-        rank_zero_warn(f"step {step}: {text}")
+        _say(f"step {step}: {text}")
         if action != "skip":
             _alert(trainer, f"{action} at step {step}", text)
         values = self._values(state.lr_factor, decision.verdict.score)
@@ -128,6 +129,12 @@ def _what(decision: Decision, event: dict[str, Any]) -> str:
         return f"not finite: {', '.join(numbers)}{where}{parameter}"
     score = "" if not math.isfinite(decision.verdict.score) else f", {decision.verdict.score:.1f} from normal"
     return f"{reason}: {', '.join(numbers)}{score}" if numbers else reason
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    # A line in Lightning's log, not a warning: Python would print where it comes from as well.
+    logging.getLogger("lightning.pytorch").getChild("lit_callbacks").warning(text)
 
 
 @rank_zero_only

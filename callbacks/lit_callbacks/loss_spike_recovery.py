@@ -238,7 +238,7 @@ class LossSpikeRecovery(StepSkipper):
         if self._stop is not None:
             self._ladder.state.rollbacks = []  # whoever goes on from here has changed something
             path = run_folder(trainer) / "last_good.ckpt"
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
             raise DivergenceError(report.farewell(trainer, self._stop, path))
         if self._jump:
             n, self._jump = self._jump, 0

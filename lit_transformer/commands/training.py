@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import lit_callbacks
-from lit_transformer.errors import UsageError
+from lit_transformer.errors import TrainingStopped, UsageError
 from lit_transformer.module import LitTransformer
 from lit_transformer.run.config_errors import explain
 from lit_transformer.run.config_files import with_config
@@ -121,6 +121,9 @@ class TrainingCLI(LightningCLI):
             raise UsageError(
                 f"{self.subcommand} needs a checkpoint: --ckpt_path FILE, or --ckpt_path best with --run NAME"
             )
+        elif settings.ckpt_path is not None and settings.run is not None and self.subcommand == "fit":
+            run = RunFolder(self.root / settings.run)
+            self.run = run if run.owns(settings.ckpt_path) else None
         if settings.ckpt_path is not None:
             self.checkpoint = load_checkpoint(Path(settings.ckpt_path))
 
@@ -138,6 +141,9 @@ class TrainingCLI(LightningCLI):
             super()._run_subcommand(subcommand)
         except (MisconfigurationException, lit_callbacks.SetupError) as error:
             raise UsageError(str(error)) from error
+        except lit_callbacks.DivergenceError as error:
+            how = "" if self.run is None else resume_command(self.run, self.root, str(self.run.last_good))
+            raise TrainingStopped(f"{error}\n  {how}".rstrip()) from error
         except SystemExit:
             if not self.trainer.interrupted:
                 raise

@@ -61,9 +61,12 @@ def with_config(words: list[str]) -> list[str]:
 
 
 def _default_config(command: str, words: list[str]) -> str | Path:
-    checkpoint = _value(words, "--ckpt_path")
+    checkpoint, name = _value(words, "--ckpt_path"), _value(words, "--run")
+    root = Path(_value(words, "--trainer.default_root_dir") or "runs")
+    if command == "fit" and checkpoint and name and (own := RunFolder(root / name)).owns(checkpoint):
+        return own.config
     if checkpoint in ("last", "best"):
-        run = RunFolder.resume(Path(_value(words, "--trainer.default_root_dir") or "runs"), _value(words, "--run"))
+        run = RunFolder.resume(root, name)
         if command == "fit":
             return run.config
         checkpoint = str(run.last_checkpoint() if checkpoint == "last" else run.best_checkpoint())

@@ -23,6 +23,8 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.csv"
         self.checkpoints = path / "checkpoints"
+        self.last_good = path / "last_good.ckpt"
+        """Written by LossSpikeRecovery when it stops a run."""
         self.wandb_id = path / "wandb_id.txt"
 
     @classmethod
@@ -78,6 +80,10 @@ class RunFolder:
                 f"nothing to resume or evaluate: no run under {root} has a checkpoint; give one by --ckpt_path FILE"
             )
         return cls(max(files, key=lambda file: file.stat().st_mtime_ns).parent.parent)
+
+    def owns(self, checkpoint: str) -> bool:
+        """Whether a file lies in this folder: then a run that goes on from it goes on in place."""
+        return Path(checkpoint).resolve().is_relative_to(self.path.resolve())
 
     def remove_if_empty(self) -> None:
         """Leave nothing behind of a run that never started."""

@@ -108,10 +108,10 @@ def metrics_table(metrics: Mapping[str, Tensor], first: str) -> str:
     return "\n\n".join("\n".join(lines) for lines in sections.values() if lines)
 
 
-def resume_command(run: RunFolder, root: Path) -> str:
+def resume_command(run: RunFolder, root: Path, checkpoint: str = "last") -> str:
     """The command line that goes on with a run."""
     folder = "" if root == Path("runs") else f" --trainer.default_root_dir {root}"
-    return f"{program_name()} fit --run {run.path.name}{folder} --ckpt_path last"
+    return f"{program_name()} fit --run {run.path.name}{folder} --ckpt_path {checkpoint}"
 
 
 def program_name() -> str:

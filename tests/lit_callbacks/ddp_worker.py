@@ -11,17 +11,22 @@ import torch
 from helpers import MemoryLogger, TinyLM, TokensWithIds, make_trainer
 from lit_callbacks import (
     ActivationStatsMonitor,
+    AdaptiveGradientClipping,
     AttentionEntropyMonitor,
     DeadNeuronDetector,
+    DivergenceError,
     GradientNormLogger,
     LossCurve,
-    NonFiniteError,
+    LossSpikeRecovery,
+    NonFiniteAutopsy,
     NonFiniteGuard,
     ParameterStatsLogger,
     ThroughputLogger,
 )
 from lit_callbacks._observer import Observer
 from lit_callbacks._ranks import Measurement
+from lit_callbacks.rules import RobustRule
+from lit_callbacks.testing import Fault, FaultInjector
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), 2
 
@@ -71,6 +76,18 @@ class Complementary(TinyLM):
         return super().training_step(batch, batch_idx)
 
 
+class Spoilt(TinyLM):
+    """On rank 1 the hidden layer puts out infinities in the third batch."""
+
+    def __init__(self):
+        super().__init__(dropout=0.1, batch_norm=True)
+        self.hidden.register_forward_hook(lambda module, args, output: output / 0 if self.spoil else output)
+
+    def training_step(self, batch, batch_idx):
+        self.spoil = RANK == 1 and batch_idx == 2
+        return super().training_step(batch, batch_idx)
+
+
 class OneBranch(TinyLM):
     """Rank 1 never runs the second block."""
 
@@ -90,7 +107,7 @@ OBSERVERS = [
 ]
 
 
-def fit(callbacks, root, faults=None, module=None, **options):
+def fit(callbacks, root, faults=None, module=None, n_samples=64, **options):
     torch.manual_seed(0)
     module, logger = (module or TinyLM)(), MemoryLogger()
     trainer = make_trainer(
@@ -99,13 +116,25 @@ def fit(callbacks, root, faults=None, module=None, **options):
     )  # fmt: skip
     error = None
     try:
-        trainer.fit(module, datamodule=Shards(batch_size=8, faults=faults))
-    except NonFiniteError as exception:
+        trainer.fit(module, datamodule=Shards(batch_size=8, faults=faults, n_samples=n_samples))
+    except DivergenceError as exception:
         error = str(exception)
     weights = torch.cat([p.detach().flatten() for p in module.parameters()])
     return {
         "logged": logger.calls, "steps": trainer.global_step, "error": error, "weights": weights.double().sum().item(),
     }  # fmt: skip
+
+
+def recover(out, strikes, faults):
+    """A fit of 40 steps with recovery, and its history."""
+    recovery = LossSpikeRecovery(
+        RobustRule(window=20, least=10), snapshot_every_n_steps=10, prove_steps=5, max_rollbacks=2
+    )
+    injector = FaultInjector(strikes)
+    found = fit([recovery, injector], out, faults, n_samples=320)
+    if RANK == 1:
+        injector.assert_all_fired()
+    return {**found, "history": recovery.state_dict()["report"]["history"]}
 
 
 def main(out):
@@ -118,6 +147,13 @@ def main(out):
     guard = NonFiniteGuard()
     facts["nan"] = fit([guard], out / "nan", faults={5: "nan", 24: "gradient"})
     facts["nan"]["state"] = guard.state_dict()
+    for name, callbacks in {"guarded": [], "autopsy": [NonFiniteAutopsy()]}.items():
+        facts[name] = fit([NonFiniteGuard(), *callbacks], out / name, module=Spoilt)
+    clipping = AdaptiveGradientClipping(z_threshold=0.2, max_grad_norm=0.6, warmup_steps=2, every_n_steps=1)
+    facts["clipping"] = fit([clipping, NonFiniteGuard()], out / "clipping", faults={30: "nan"})
+    facts["clipping"]["state"] = clipping.state_dict()
+    facts["recovery"] = recover(out / "recovery", [Fault("nan_weight", step=27, rank=1)], {84: "nan", 244: "spike"})
+    facts["stopped"] = recover(out / "stopped", [Fault("nan_weight", step=s, rank=1) for s in (20, 22, 24)], {})
     facts["patience"] = fit([NonFiniteGuard(patience=2)], out / "patience", faults=dict.fromkeys(range(30, 64), "nan"))
     failing = FailsOnRankOne()
     with warnings.catch_warnings(record=True) as caught:

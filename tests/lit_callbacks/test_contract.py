@@ -24,7 +24,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:step .* the gradient is not finite"),
     pytest.mark.filterwarnings("ignore:step .* was not finite before the forward pass"),
     pytest.mark.filterwarnings("ignore:step .* the batch is not finite"),
-    pytest.mark.filterwarnings("ignore:step .* The step is skipped"),
 ]
 
 PACKAGE = Path(lit_callbacks.__file__).parent

@@ -11,10 +11,12 @@ import helpers
 from helpers import MemoryLogger, TinyLM, loader
 from lit_callbacks import (
     ActivationStatsMonitor,
+    AdaptiveGradientClipping,
     AttentionEntropyMonitor,
     DeadNeuronDetector,
     GradientNormLogger,
     LossCurve,
+    NonFiniteGuard,
     ParameterStatsLogger,
 )
 
@@ -122,3 +124,57 @@ def test_throughput_adds_up_over_ranks(ranks):
     assert tokens == [values["throughput/total_tokens"] for _, values in rank_1["throughput"]["logged"]]
     assert tokens == [2 * 2 * 8 * 9, 4 * 2 * 8 * 9]  # steps, micro-batches, samples on all ranks, tokens
     assert rank_0["throughput"]["logged"][0][1]["throughput/effective_batch_tokens"] == 2 * 8 * 9
+
+
+def test_the_autopsy_names_the_rank_and_changes_nothing(ranks):
+    (rank_0, rank_1), out = ranks
+    assert rank_0["autopsy"]["steps"] == rank_1["autopsy"]["steps"] == 8
+    for rank in (rank_0, rank_1):
+        assert rank["autopsy"]["weights"] == rank["guarded"]["weights"] == rank_0["guarded"]["weights"]
+    autopsy, skip = [json.loads(line) for line in (out / "autopsy/events.jsonl").read_text().splitlines()]
+    assert (autopsy["event"], autopsy["step"], autopsy["rank"]) == ("autopsy", 2, 1)
+    assert (autopsy["phase"], autopsy["where"]) == ("forward", "hidden")
+    assert (skip["event"], skip["step"], skip["first_bad_rank"]) == ("skip", 2, 1)
+
+
+def test_all_ranks_clip_alike_and_as_one_process_does(ranks):
+    (rank_0, rank_1), out = ranks
+    for key in ("state", "weights"):
+        assert rank_0["clipping"][key] == rank_1["clipping"][key]
+    assert abs(rank_0["clipping"]["weights"]) < 1e6
+    torch.manual_seed(0)
+    logger = MemoryLogger()
+    clipping = AdaptiveGradientClipping(z_threshold=0.2, max_grad_norm=0.6, warmup_steps=2, every_n_steps=1)
+    trainer = helpers.make_trainer(
+        callbacks=[clipping, NonFiniteGuard()], logger=logger, max_epochs=1, default_root_dir=out / "one"
+    )
+    trainer.fit(TinyLM(), loader(batch_size=8, faults={30: "nan"}))
+    logged = [v["grad_norm/clip_coefficient"] for _, v in rank_0["clipping"]["logged"] if "grad_norm/threshold" in v]
+    assert len(logged) == 7
+    assert logged == pytest.approx(list(logger.values("grad_norm/clip_coefficient").values()), rel=1e-4)
+    for key in ("mean", "variance"):
+        assert rank_0["clipping"]["state"][key] == pytest.approx(clipping.state_dict()[key], rel=1e-4)
+
+
+def test_recovery_skips_and_rolls_back_on_all_ranks_when_one_is_bad(ranks):
+    (rank_0, rank_1), out = ranks
+    assert rank_0["recovery"]["history"] == rank_1["recovery"]["history"]
+    assert [action for _, action in rank_0["recovery"]["history"]] == ["skip", "rollback", "skip"]
+    assert rank_0["recovery"]["weights"] == rank_1["recovery"]["weights"]
+    assert abs(rank_0["recovery"]["weights"]) < 1e6
+    nan, weight, spike = [json.loads(line) for line in (out / "recovery/events.jsonl").read_text().splitlines()]
+    assert (nan["step"], nan["rule"], nan["first_bad_rank"], nan["sample_ids"]) == (
+        10, "non_finite_loss", 1, [84, 85, 86, 87],
+    )  # fmt: skip
+    assert (weight["step"], weight["to_step"]) == (27, 22)
+    assert (spike["step"], spike["sample_ids"]) == (30, [240, 241, 242, 243, 244, 245, 246, 247])
+
+
+def test_when_recovery_gives_up_all_ranks_stop_with_the_same_error(ranks):
+    (rank_0, rank_1), out = ranks
+    for rank in (rank_0, rank_1):
+        assert [action for _, action in rank["stopped"]["history"]] == ["rollback", "rollback", "stop"]
+        assert "Stopped at step 25" in rank["stopped"]["error"]
+    assert rank_0["stopped"]["weights"] == rank_1["stopped"]["weights"]
+    saved = torch.load(out / "stopped/last_good.ckpt", weights_only=True)
+    assert all(value.isfinite().all() for value in saved["state_dict"].values())

@@ -23,11 +23,6 @@ from lit_callbacks import DivergenceError, LossSpikeRecovery, NonFiniteGuard, Se
 from lit_callbacks.rules import BestLossRatio, RobustRule, SixSigma
 from lit_callbacks.testing import Fault, FaultInjector
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:step .* (is skipped|go back|new normal|is stopped)"),
-    pytest.mark.filterwarnings("ignore:LossSpikeRecovery. a snapshot takes"),
-]
-
 QUICK = {"rule": RobustRule(window=20, least=10), "snapshot_every_n_steps": 10, "prove_steps": 5}
 
 

@@ -5,8 +5,9 @@ import logging
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.demos import LightningTransformer
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from helpers import MemoryLogger, assert_identical, snapshot
 from lit_callbacks import (
@@ -14,9 +15,12 @@ from lit_callbacks import (
     AttentionEntropyMonitor,
     DeadNeuronDetector,
     GradientNormLogger,
+    LossSpikeRecovery,
     ParameterStatsLogger,
     ThroughputLogger,
 )
+from lit_callbacks.rules import RobustRule
+from lit_callbacks.testing import Fault, FaultInjector
 
 VOCABULARY, LENGTH, WIDTH, HEADS = 64, 12, 32, 4
 IDS = torch.randint(1, VOCABULARY, (16, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -290,3 +294,55 @@ def test_flops_agree_with_the_formula(make_trainer):
     matrices = sum(p.numel() for name, p in module.named_parameters() if p.dim() == 2 and "wte" not in name)
     tokens = 4 * LENGTH
     assert 3 * throughput._forward.total == tokens * (6 * matrices + 12 * 2 * WIDTH * LENGTH)
+
+
+N_STEPS = 40
+
+
+def batches(without=()):
+    """Forty batches of sequences that can be learnt, so that the loss is calm."""
+    ids = IDS.repeat(10, 1)[: 4 * N_STEPS]
+    kept = [i for i in range(N_STEPS) if i not in without]
+    return [list(range(4 * i, 4 * i + 4)) for i in kept], ids
+
+
+def demo():
+    torch.manual_seed(0)
+    return LightningTransformer(vocab_size=64)
+
+
+def somebodys(name):
+    torch.manual_seed(0)
+    return Wrapper(*MODELS[name][0]())
+
+
+SUBJECTS = {
+    "Lightning's demo": demo,
+    "GPT-2": lambda: somebodys("GPT-2"),
+    "LLaMA with LoRA": lambda: somebodys("LLaMA with LoRA"),
+    "nn.TransformerEncoder": lambda: somebodys("nn.TransformerEncoder"),
+}
+
+
+def recover(make_trainer, name, faults, without=()):
+    sampler, ids = batches(without)
+    data = TensorDataset(ids[:, :-1], ids[:, 1:]) if name == "Lightning's demo" else ids
+    recovery = LossSpikeRecovery(RobustRule(window=20, least=10), snapshot_every_n_steps=10, prove_steps=5)
+    injector = FaultInjector(faults)
+    trainer = make_trainer(max_epochs=1, callbacks=[recovery, injector])
+    module = SUBJECTS[name]()
+    trainer.fit(module, DataLoader(data, batch_sampler=sampler))
+    injector.assert_all_fired()
+    return snapshot(module, trainer), recovery.state_dict()["report"]["history"]
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_skips_and_rollbacks_are_exact(make_trainer, name):
+    faults = [Fault("nan_loss", step=12), Fault("nan_weight", step=27)]
+    bad, history = recover(make_trainer, name, faults)
+    skip, *_, rollback = history
+    assert skip == [12, "skip"]
+    assert rollback[1] == "rollback"
+    good, nothing = recover(make_trainer, name, [], without=[12, *range(21, rollback[0] + 1)])
+    assert nothing == []
+    assert_identical(bad, good)

@@ -1,6 +1,7 @@
 """The command line as a person uses it: what it does, what it prints, what it leaves in the run folder."""
 
 import copy
+import json
 import os
 import re
 import signal
@@ -467,3 +468,21 @@ def test_two_processes_train_what_one_does(cli):
     first, second = (read_metrics(Path(f"runs/{name}/metrics.csv")) for name in ("one", "two"))
     assert first["val/loss"] == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in second["val/loss"]]
     assert first["grad_norm/total"] == [(s, pytest.approx(n, rel=1e-4)) for s, n in second["grad_norm/total"]]
+
+
+@pytest.mark.filterwarnings("ignore:step .* before the forward pass")
+def test_a_run_that_recovery_stops_says_so_and_exits_with_3(cli):
+    faults = json.dumps([{"kind": "nan_weight", "step": step} for step in (6, 8, 10)])
+    injector = ["--trainer.callbacks+", "lit_callbacks.testing.FaultInjector", "--trainer.callbacks.faults", faults]
+    budget = ["--loss_spike_recovery.max_rollbacks", 2]
+    outcome = cli("fit", "--config", "config.yaml", "--run", "a", *injector, *budget)
+    assert outcome.code == 3
+    assert re.search(r"Stopped at step \d+: not finite.*runs/a/last_good.ckpt", outcome.error)
+    assert all(value.isfinite().all() for value in weights("runs/a/last_good.ckpt").values())
+    events = [json.loads(line) for line in Path("runs/a/events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events if event["event"] in ("rollback", "stop")] == ["rollback"] * 2 + ["stop"]
+    how = outcome.error.rstrip().splitlines()[-1].split()
+    assert how[-4:] == ["--run", "a", "--ckpt_path", "runs/a/last_good.ckpt"]
+    resumed = cli("fit", *how[-4:], "--trainer.callbacks", "null")
+    assert resumed.code == 0
+    assert weights("runs/a/checkpoints/last.ckpt").keys() == weights("runs/a/last_good.ckpt").keys()

@@ -59,7 +59,7 @@ class Rewinder:
 
     def are_weights_healthy(self, trainer: Trainer, module: LightningModule, excess: float, before: int) -> bool | None:
         """Whether they cost the batch of a snapshot less than half of ``excess`` nats; None if that cannot be told."""
-        if not weights_are_finite(trainer, live_tensors(trainer, module)):
+        if not self._is_finite(trainer, module):
             return False
         snapshot = None if self._ring is None else self._ring.choose(before)
         if snapshot is None:
@@ -70,7 +70,10 @@ class Rewinder:
         return math.isfinite(change) and change <= _SHARE_OF_EXCESS * excess
 
     def go_back(self, trainer: Trainer, module: LightningModule, before: int, further: int) -> Place | None:
-        """Restore a snapshot, and give up the younger ones; None if there is none."""
+        """Restore a snapshot, and give up the younger ones; None if there is none, or it does not help.
+
+        It does not where the damage is in frozen parameters, which snapshots leave out.
+        """
         snapshot = None if self._ring is None else self._ring.choose(before, further)
         if snapshot is None or self._ring is None:
             return None
@@ -78,7 +81,11 @@ class Rewinder:
         snapshot.restore(trainer, module, rng=snapshot.place.epoch == trainer.current_epoch)
         self._ring.drop_younger(snapshot)
         self._next, self._untouched = trainer.global_step + self.every, False
-        return snapshot.place
+        return snapshot.place if self._is_finite(trainer, module) else None
+
+    def _is_finite(self, trainer: Trainer, module: LightningModule) -> bool:
+        frozen = {f"frozen {name}": p.detach() for name, p in module.named_parameters() if not p.requires_grad}
+        return weights_are_finite(trainer, live_tensors(trainer, module) | frozen)
 
     def forget_batches(self) -> None:
         """The data has changed: what a batch from before costs means nothing any more."""

@@ -14,6 +14,7 @@ from lit_callbacks import (
     ActivationStatsMonitor,
     AttentionEntropyMonitor,
     DeadNeuronDetector,
+    DivergenceError,
     GradientNormLogger,
     LossSpikeRecovery,
     ParameterStatsLogger,
@@ -306,9 +307,16 @@ def batches(without=()):
     return [list(range(4 * i, 4 * i + 4)) for i in kept], ids
 
 
+class Demo(LightningTransformer):
+    """Without its download of a text."""
+
+    def prepare_data(self):
+        pass
+
+
 def demo():
     torch.manual_seed(0)
-    return LightningTransformer(vocab_size=64)
+    return Demo(vocab_size=64)
 
 
 def somebodys(name):
@@ -338,7 +346,8 @@ def recover(make_trainer, name, faults, without=()):
 
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_skips_and_rollbacks_are_exact(make_trainer, name):
-    faults = [Fault("nan_loss", step=12), Fault("nan_weight", step=27)]
+    where = "*lora_A*" if "LoRA" in name else None  # the rest is frozen
+    faults = [Fault("nan_loss", step=12), Fault("nan_weight", step=27, where=where)]
     bad, history = recover(make_trainer, name, faults)
     skip, *_, rollback = history
     assert skip == [12, "skip"]
@@ -346,3 +355,8 @@ def test_skips_and_rollbacks_are_exact(make_trainer, name):
     good, nothing = recover(make_trainer, name, [], without=[12, *range(21, rollback[0] + 1)])
     assert nothing == []
     assert_identical(bad, good)
+
+
+def test_damage_to_frozen_weights_cannot_be_undone_and_ends_the_run(make_trainer):
+    with pytest.raises(DivergenceError, match="Stopped at step 28"):
+        recover(make_trainer, "LLaMA with LoRA", [Fault("nan_weight", step=27, where="*q_proj.weight")])

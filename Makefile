@@ -9,7 +9,7 @@ ifeq ($(shell uname -s)$(shell command -v nvidia-smi),Linux)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: train test test-slow install fmt check clean
+.PHONY: train test test-slow rehearse install fmt check clean
 
 train: install
 	$(RUN) cli.py fit
@@ -19,6 +19,9 @@ test: install
 
 test-slow: install
 	$(RUN) -m pytest -m slow
+
+rehearse: install
+	$(RUN) benchmarks/rehearse.py
 
 install: $(VENV)/.installed
 

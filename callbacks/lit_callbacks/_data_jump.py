@@ -36,6 +36,8 @@ def jump(trainer: Trainer, n: int) -> str:
         return f"{n} samples"
     loop = trainer.fit_loop.epoch_loop
     fetcher: Any = trainer.fit_loop._data_fetcher
+    if type(fetcher).__name__ != "_PrefetchDataFetcher":
+        return "nothing: training_step draws its own batches"
     left = n if fetcher.length is None else min(n, fetcher.length - fetcher.fetched - 1)
     left -= left % trainer.accumulate_grad_batches
     dropped = 0

@@ -137,10 +137,12 @@ class Ladder:
             state.lr_factor, state.lr_changed_at = min(1.0, 2 * state.lr_factor), step
         if verdict.suspicious and step >= state.next_look:
             state.next_look = step + _LOOK_EVERY
-            if ask(verdict.excess, _OLDEST) is False:
-                decision = self.roll_back(step, verdict, damaged=True, oldest=True)
-                self.rule.restart()  # the last losses it accepted were made by damaged weights
-                return decision
+            healthy = ask(verdict.excess, _OLDEST)
+            if healthy is not False:
+                return Decision("update", verdict, healthy)
+            decision = self.roll_back(step, verdict, damaged=True, oldest=True)
+            self.rule.restart()  # the last losses it accepted were made by damaged weights
+            return decision
         return Decision("update", verdict)
 
     def _anomalous(self, step: int, verdict: Verdict, ask: AskWeights) -> Decision:

@@ -51,8 +51,11 @@ def rise(trainer: Trainer, pl_module: LightningModule, probe: ProbeBatch | None)
     return math.fsum(change for change, _ in ranks) / len(ranks)
 
 
-def weights_are_finite(trainer: Trainer, live: Mapping[str, Tensor]) -> bool:
-    """Whether all floating-point tensors are, on all ranks; also none so large that its norm is not."""
+def any_non_finite(trainer: Trainer, live: Mapping[str, Tensor]) -> Tensor:
+    """Above 0 if some floating-point tensor on some rank is not finite, or so large that its norm is not.
+
+    Shape ``(1,)``, on the device: whoever reads it waits.
+    """
     norms = tensor_norms([tensor for tensor in live.values() if tensor.is_floating_point()])
     bad = (~norms.isfinite()).any().float().reshape(1).to(trainer.strategy.root_device)
-    return not _ranks.largest(trainer, bad).item()
+    return _ranks.largest(trainer, bad)

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from lit_callbacks._data_jump import data_place
 from lit_callbacks._facts import facts_of
-from lit_callbacks._probe_batch import remember, rise, weights_are_finite
+from lit_callbacks._probe_batch import any_non_finite, remember, rise
 from lit_callbacks._room import find_room
 from lit_callbacks._snapshots import Place, SnapshotRing, size_of
 from lit_callbacks._training_state import live_tensors
@@ -31,24 +32,34 @@ class Rewinder:
         self._ring: SnapshotRing | None = None
         self._next = 1  # an optimizer has its state after the first step
         self._untouched = False
+        self._unread: Tensor | None = None
 
     def due(self, step: int) -> bool:
         """Whether it is time for a snapshot."""
         return step >= self._next
 
-    def take(self, trainer: Trainer, module: LightningModule) -> bool:
-        """Take a snapshot before the first forward pass of a step, unless the weights are not finite."""
+    def take(self, trainer: Trainer, module: LightningModule) -> None:
+        """Take a snapshot before the first forward pass of a step."""
         live = live_tensors(trainer, module)
         if self._ring is None:
             room = find_room(trainer, size_of(live), self.keep, self.folder)
             (rank_zero_warn if room.is_less else rank_zero_info)(f"LossSpikeRecovery: {room.statement}.")
             self._ring = SnapshotRing(room.keep, room.allocate)
         self._next = trainer.global_step + self.every
-        if not weights_are_finite(trainer, live):
-            return False
         self._ring.take(trainer, live, Place(trainer.global_step, trainer.current_epoch, data_place(trainer)))
-        self._untouched = True
-        return True
+        self._unread, self._untouched = any_non_finite(trainer, live), True
+
+    def is_finite(self) -> bool:
+        """Whether the snapshot that was taken last is, if nobody has asked yet; one that is not is given up.
+
+        To be asked when the host has read the step's loss: what came before that has been computed by then.
+        """
+        unread, self._unread = self._unread, None
+        if unread is None or not unread.item():
+            return True
+        if self._ring is not None:
+            self._ring.drop_newest()
+        return False
 
     def step_follows(self, trainer: Trainer, window: Window) -> None:
         """Keep the window's first batch with the snapshot, if the weights are still its own."""
@@ -59,7 +70,7 @@ class Rewinder:
 
     def are_weights_healthy(self, trainer: Trainer, module: LightningModule, excess: float, before: int) -> bool | None:
         """Whether they cost the batch of a snapshot less than half of ``excess`` nats; None if that cannot be told."""
-        if not self._is_finite(trainer, module):
+        if not self._all_finite(trainer, module):
             return False
         snapshot = None if self._ring is None else self._ring.choose(before)
         if snapshot is None:
@@ -81,11 +92,11 @@ class Rewinder:
         snapshot.restore(trainer, module, rng=snapshot.place.epoch == trainer.current_epoch)
         self._ring.drop_younger(snapshot)
         self._next, self._untouched = trainer.global_step + self.every, False
-        return snapshot.place if self._is_finite(trainer, module) else None
+        return snapshot.place if self._all_finite(trainer, module) else None
 
-    def _is_finite(self, trainer: Trainer, module: LightningModule) -> bool:
+    def _all_finite(self, trainer: Trainer, module: LightningModule) -> bool:
         frozen = {f"frozen {name}": p.detach() for name, p in module.named_parameters() if not p.requires_grad}
-        return weights_are_finite(trainer, live_tensors(trainer, module) | frozen)
+        return not any_non_finite(trainer, live_tensors(trainer, module) | frozen).item()
 
     def forget_batches(self) -> None:
         """The data has changed: what a batch from before costs means nothing any more."""

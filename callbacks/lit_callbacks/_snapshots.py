@@ -88,6 +88,11 @@ class SnapshotRing:
         old = [snapshot for snapshot in self.snapshots if snapshot.place.step <= before] or self.snapshots[:1]
         return old[max(0, len(old) - 1 - further)] if old else None
 
+    def drop_newest(self) -> None:
+        """Give up the one that was taken last."""
+        if self.snapshots:
+            self._spare.append(self.snapshots.pop())
+
     def drop_younger(self, snapshot: Snapshot) -> None:
         """Give up those that were taken after it: they may hold the damage."""
         index = self.snapshots.index(snapshot)

@@ -86,8 +86,14 @@ class SpikeReport:
         self.history = [list(entry) for entry in state["history"]]
 
 
-def farewell(trainer: Trainer, reason: str, checkpoint: Path) -> str:
+def farewell(trainer: Trainer, reason: str, checkpoint: Path | None) -> str:
     """Why the run was stopped, what there is to go on from, and what to change."""
+    stopped = f"Stopped at step {trainer.global_step}: {reason}"
+    if checkpoint is None:
+        return (
+            f"{stopped}, and there is no good snapshot to go back to. The weights in memory are not good: begin again, "
+            "or go on from a checkpoint that was written before."
+        )
     tips = ["lower the learning rate or warm up for longer"]
     if not trainer.gradient_clip_val:
         tips.append("set gradient_clip_val=1.0")
@@ -95,8 +101,8 @@ def farewell(trainer: Trainer, reason: str, checkpoint: Path) -> str:
         tips.append("use precision='bf16-mixed' or '32-true'")
     tips.append("look at the samples that events.jsonl names")
     return (
-        f"Stopped at step {trainer.global_step}: {reason}, and going back does not help. The weights are those of the "
-        f"last good snapshot, and are saved in {checkpoint}. To go on from there, first {'; '.join(tips)}."
+        f"{stopped}, and going back does not help. The weights are those of the last good snapshot, and are saved in "
+        f"{checkpoint}. To go on from there, first {'; '.join(tips)}."
     )
 
 

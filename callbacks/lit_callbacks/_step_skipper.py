@@ -19,7 +19,7 @@ from lit_callbacks.protocols import HasSampleIds
 
 
 class DivergenceError(RuntimeError):
-    """Training cannot go on by itself. The weights in memory are those of the last good step, not of the bad ones."""
+    """Training cannot go on by itself. The message says whether the weights in memory are good, and what to do."""
 
 
 class StepSkipper(Actor):

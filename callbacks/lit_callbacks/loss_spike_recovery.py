@@ -117,13 +117,19 @@ class LossSpikeRecovery(StepSkipper):
         self.rule, self.patience, self.prove_steps = rule, patience, prove_steps
         self.snapshot_every_n_steps, self.keep_snapshots = snapshot_every_n_steps, keep_snapshots
         self.max_rollbacks, self.budget_steps, self.cooldown_steps = max_rollbacks, budget_steps, cooldown_steps
-        self._ladder = Ladder(
-            RobustRule() if rule is None else rule, patience, prove_steps, max_rollbacks, budget_steps, cooldown_steps
-        )
-        self._report = report.SpikeReport()
         self._rewinder: Rewinder | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Know nothing yet: a new fit may be of another model. What a checkpoint knows is loaded after that."""
+        rule = RobustRule() if self.rule is None else self.rule
+        rule.restart()
+        limits = self.max_rollbacks, self.budget_steps, self.cooldown_steps
+        self._ladder = Ladder(rule, self.patience, self.prove_steps, *limits)
+        self._report = report.SpikeReport()
         self._jump, self._searches = 0, 0
-        self._stop: str | None = None
+        self._stop: Decision | None = None
+        self._restored = False
 
     @property
     def rewinder(self) -> Rewinder:
@@ -152,8 +158,8 @@ class LossSpikeRecovery(StepSkipper):
                 f"LossSpikeRecovery decides alone which steps are made, but there is a {others[0]} too. It also does "
                 "what NonFiniteGuard does: leave the other one out."
             )
+        self._begin()
         self._rewinder = Rewinder(self.snapshot_every_n_steps, self.keep_snapshots, run_folder(trainer))
-        self._jump, self._searches, self._stop = 0, 0, None
 
     def keeps_batches(self, trainer: Trainer) -> bool:
         """For a look at the weights."""
@@ -161,12 +167,9 @@ class LossSpikeRecovery(StepSkipper):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Take a snapshot, if it is time and no episode is open."""
-        step = trainer.global_step
         first = batch_idx % trainer.accumulate_grad_batches == 0
-        if first and self._ladder.quiet and self.rewinder.due(step) and not self.rewinder.take(trainer, pl_module):
-            verdict = Verdict(anomalous=True, score=math.inf, reason="weights or optimizer state not finite")
-            decision = self._ladder.roll_back(step, verdict, damaged=True)
-            self._go_back(trainer, pl_module, decision, {})
+        if first and self._ladder.quiet and self.rewinder.due(trainer.global_step):
+            self.rewinder.take(trainer, pl_module)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -179,14 +182,21 @@ class LossSpikeRecovery(StepSkipper):
             searching = self.rewinder.are_weights_healthy(trainer, pl_module, math.inf, 0) is not False
         if reading.loss is None or searching or self._stop is not None:
             return
-        ask = partial(self.rewinder.are_weights_healthy, trainer, pl_module)
-        decision = self._ladder.decide(trainer.global_step, reading.loss, reading.grad_norm, ask)
+        step = trainer.global_step
+        if self.rewinder.is_finite():
+            ask = partial(self.rewinder.are_weights_healthy, trainer, pl_module)
+            decision = self._ladder.decide(step, reading.loss, reading.grad_norm, ask)
+        else:
+            verdict = Verdict(anomalous=True, score=math.inf, reason="weights or optimizer state not finite")
+            decision = self._ladder.roll_back(step, verdict, damaged=True)
         counts = self._report.counts
         counts["steps"] += 1
         if decision.action in ("update", "accept"):
             self.rewinder.step_follows(trainer, self.window)
             lower_learning_rate(optimizer, self._ladder.state.lr_factor, has_scaler(trainer))
         if decision.action == "update":
+            if decision.healthy is not None:
+                self.events.write(step=step, event="look", rule=decision.verdict.reason, weights_healthy=True)
             self._report.log(trainer, pl_module, self._ladder.state.lr_factor, decision.verdict.score)
             return
         event = self.describe(trainer, pl_module, reading)
@@ -201,7 +211,7 @@ class LossSpikeRecovery(StepSkipper):
         if decision.action == "skip":
             self._exclude(trainer, decision, event)
             self._say(trainer, pl_module, decision, event)
-            self._report.advise(trainer.global_step)
+            self._report.advise(step)
         else:
             self._go_back(trainer, pl_module, decision, event)
 
@@ -219,7 +229,7 @@ class LossSpikeRecovery(StepSkipper):
             self._report.counts["steps_lost"] += trainer.global_step - place.step
             event |= {"to_step": place.step, "rollback": decision.number}
         if decision.action == "stop" or place is None:
-            self._stop = decision.verdict.reason
+            self._stop, self._restored = decision, place is not None
         else:
             self._report.counts["rollbacks"] += 1
             self._jump = decision.jump * (data_place(trainer) - place.data)
@@ -236,10 +246,11 @@ class LossSpikeRecovery(StepSkipper):
         """Do what has to wait until the step is over: pass over data, or stop."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._stop is not None:
-            self._ladder.state.rollbacks = []  # whoever goes on from here has changed something
-            path = run_folder(trainer) / "last_good.ckpt"
-            trainer.save_checkpoint(path, weights_only=False)
-            raise DivergenceError(report.farewell(trainer, self._stop, path))
+            path = run_folder(trainer) / "last_good.ckpt" if self._restored else None
+            if path is not None:
+                self._ladder.state.rollbacks = []  # whoever goes on from here has changed something
+                trainer.save_checkpoint(path, weights_only=False)
+            raise DivergenceError(report.farewell(trainer, self._stop.verdict.reason, path))
         if self._jump:
             n, self._jump = self._jump, 0
             self.events.write(step=trainer.global_step, event="jump", passed_over=jump(trainer, n))

@@ -162,6 +162,9 @@ def test_a_lowered_learning_rate_is_seen_by_the_step_alone_and_comes_back(make_t
     inside, outside = [], []
 
     class Watch(Callback):
+        def on_fit_start(self, trainer, pl_module):
+            recovery._ladder.state.lr_factor = 0.25
+
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
             inside.append(optimizer.param_groups[0]["lr"])  # after the recovery, which comes first
 
@@ -169,7 +172,6 @@ def test_a_lowered_learning_rate_is_seen_by_the_step_alone_and_comes_back(make_t
             outside.append(trainer.optimizers[0].param_groups[0]["lr"])
 
     recovery = LossSpikeRecovery(**QUICK, cooldown_steps=5)
-    recovery._ladder.state.lr_factor = 0.25
     fit(make_trainer, loader(n_samples=160), Watch(), module=Scheduled, recovery=recovery)
     assert inside == pytest.approx([0.25e-3] * 5 + [0.5e-3] * 5 + [1e-3] * 20 + [1e-4] * 10)
     assert outside == pytest.approx([1e-3] * 29 + [1e-4] * 11)
@@ -208,6 +210,24 @@ class Continues(torch.utils.data.DataLoader):
 
     def load_state_dict(self, state):
         pass
+
+
+def test_damage_that_no_loss_shows_is_found_when_a_snapshot_is_taken(make_trainer, tmp_path):
+    class Idle(TinyLM):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.idle = torch.nn.Parameter(torch.zeros(3))
+
+    class Strike(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 14:
+                pl_module.idle.data[1] = math.nan
+
+    final, recovery, _ = fit(make_trainer, loader(n_samples=160), Strike(), module=Idle)
+    assert history(recovery) == [[21, "rollback"]]
+    assert final[0]["idle"].isfinite().all()
+    (event,) = events(tmp_path)
+    assert (event["rule"], event["to_step"]) == ("weights_or_optimizer_state_not_finite", 11)
 
 
 def test_averaged_weights_go_back_too(make_trainer):
@@ -331,9 +351,19 @@ def test_damage_that_cannot_be_undone_ends_the_run_with_a_good_checkpoint(make_t
     assert saved["global_step"] == 30
 
 
-def test_damage_before_there_is_anything_to_go_back_to_ends_the_run(make_trainer):
-    with pytest.raises(DivergenceError, match="Stopped at step 1"):
+def test_damage_before_there_is_anything_to_go_back_to_ends_the_run_without_a_checkpoint(make_trainer, tmp_path):
+    with pytest.raises(DivergenceError, match="Stopped at step 1: not finite, and there is no good snapshot"):
         fit(make_trainer, loader(n_samples=160), faults=[Fault("nan_weight", step=0)])
+    assert not (tmp_path / "last_good.ckpt").exists()
+
+
+def test_a_second_fit_begins_anew(make_trainer):
+    recovery = LossSpikeRecovery(**QUICK)
+    fit(make_trainer, loader(faults={81: "nan"}, n_samples=160), recovery=recovery)
+    assert counts(recovery)["skipped_steps"] == 1
+    faults = dict.fromkeys(range(160), "spike")  # another level from the start, which would be an anomaly in the first
+    fit(make_trainer, loader(faults=faults, n_samples=160), recovery=recovery)
+    assert history(recovery) == []
 
 
 def test_events_and_metrics_tell_what_was_done(make_trainer, tmp_path):
@@ -360,9 +390,13 @@ def test_events_and_metrics_tell_what_was_done(make_trainer, tmp_path):
 
 def test_many_skipped_steps_are_explained_once(make_trainer):
     recovery = LossSpikeRecovery(**QUICK)
-    recovery._report.counts.update(steps=600, skipped_steps=20)
+
+    class Long(Callback):
+        def on_fit_start(self, trainer, pl_module):
+            recovery._report.counts.update(steps=600, skipped_steps=20)
+
     with pytest.warns(UserWarning, match="21 of 621 steps have been skipped. Where data is not shuffled") as warned:
-        fit(make_trainer, loader(faults={81: "spike", 121: "spike"}, n_samples=160), recovery=recovery)
+        fit(make_trainer, loader(faults={81: "spike", 121: "spike"}, n_samples=160), Long(), recovery=recovery)
     assert sum("have been skipped" in str(warning.message) for warning in warned) == 1
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from overhead_fits import quiet
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -42,7 +43,8 @@ class StabilityGuard(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Ask."""
         before = self.optimizer.stepped
-        self.guard.step(loss=self.loss)
+        with quiet():
+            self.guard.step(loss=self.loss)
         if self.optimizer.stepped == before:
             self.actions.append([trainer.global_step, "skip"])
             for parameter in pl_module.parameters():

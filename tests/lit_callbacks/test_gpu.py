@@ -9,9 +9,12 @@ from lit_callbacks import (
     AttentionEntropyMonitor,
     DeadNeuronDetector,
     GradientNormLogger,
+    LossSpikeRecovery,
     ParameterStatsLogger,
     ThroughputLogger,
 )
+from lit_callbacks.rules import RobustRule
+from lit_callbacks.testing import Fault, FaultInjector
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,3 +64,25 @@ def test_the_values_are_those_of_the_cpu(make_trainer, monkeypatch):
     for (step, values), (expected_step, expected) in zip(on_gpu.calls[:5], on_cpu.calls[:5], strict=True):
         assert step == expected_step == 0
         assert values == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_recovery_is_exact(make_trainer, monkeypatch, precision):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+    def run(faults, without=()):
+        torch.manual_seed(0)
+        module = TinyLM(dropout=0.1, lr=1e-3)
+        recovery = LossSpikeRecovery(RobustRule(window=20, least=10), snapshot_every_n_steps=10, prove_steps=5)
+        trainer = make_trainer(
+            accelerator="gpu", devices=1, max_epochs=1, callbacks=[recovery, FaultInjector(faults)], deterministic=True,
+            precision=precision,
+        )  # fmt: skip
+        trainer.fit(module, loader(n_samples=160, without=without))
+        return snapshot(module, trainer), recovery.state_dict()["report"]["history"]
+
+    bad, history = run([Fault("nan_loss", step=12), Fault("nan_weight", step=27)])
+    assert history[0] == [12, "skip"]
+    assert history[-1][1] == "rollback"
+    good, _ = run([], without=[12, *range(21, history[-1][0] + 1)])
+    assert_identical(bad, good)

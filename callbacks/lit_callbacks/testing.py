@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from lit_callbacks._errors import SetupError
 from lit_callbacks._facts import has_scaler
+from lit_callbacks._failing_dataset import FailingDataset, InjectedDataError
 from lit_callbacks._fault import BATCH, GRADIENT, LOSS, WEIGHT, Fault
 from lit_callbacks._member import Member
 from lit_callbacks._replay import of_an_earlier_step
@@ -34,10 +35,6 @@ from lit_callbacks._spoiling import (
 )
 
 __all__ = ["Fault", "FaultInjector", "InjectedDataError"]
-
-
-class InjectedDataError(RuntimeError):
-    """A sample could not be read, because of a ``data_error``."""
 
 
 class FaultInjector(Member):
@@ -107,7 +104,7 @@ class FaultInjector(Member):
         """A map-style dataset like this one, with the ``data_error`` faults of this injector while a fit lasts."""
         if isinstance(dataset, IterableDataset):
             raise TypeError(f"dataset must be map-style, for samples to have an index, got {type(dataset).__name__}")
-        return _FailingDataset(dataset, self)
+        return FailingDataset(dataset, self._read)
 
     def _read(self, indices: Any) -> None:
         for i, fault in enumerate(self.faults):
@@ -271,22 +268,3 @@ class FaultInjector(Member):
     def _release(self) -> None:
         while self._undo:
             self._undo.pop()()
-
-
-class _FailingDataset(Dataset[Any]):
-    """Asks the injector before it reads. In a worker both are copies, but their counts are shared."""
-
-    def __init__(self, dataset: Any, injector: FaultInjector) -> None:
-        self.dataset, self.injector = dataset, injector
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: Any) -> Any:
-        self.injector._read(index if hasattr(index, "__contains__") else [index])
-        return self.dataset[index]
-
-    def __getitems__(self, indices: Any) -> Any:
-        self.injector._read(indices)
-        together = getattr(self.dataset, "__getitems__", None)
-        return together(indices) if together else [self.dataset[index] for index in indices]

@@ -1,7 +1,10 @@
 """A tiny language model, data with faults in it, and a logger that remembers: what the tests of both packages share."""
 
 import copy
+import logging
 import math
+import re
+from contextlib import contextmanager
 
 import lightning.pytorch
 import pytorch_lightning
@@ -150,6 +153,20 @@ class MemoryLogger(lightning.pytorch.loggers.Logger):
 
     def values(self, key):
         return {step: metrics[key] for step, metrics in self.calls if key in metrics}
+
+
+@contextmanager
+def says(pattern):
+    """The lines that our callbacks put on the console inside, one of which must match."""
+    handler, lines = logging.Handler(), []
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("lightning.pytorch.lit_callbacks")
+    logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+    assert any(re.search(pattern, line) for line in lines), lines
 
 
 def make_trainer(package=lightning.pytorch, **options):

@@ -1,6 +1,7 @@
 """What was done to a run, one JSON object per line, in ``events.jsonl`` of the run folder."""
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,15 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 def run_folder(trainer: Trainer) -> Path:
     """Where this run keeps its files. All ranks must ask together: ``trainer.log_dir`` broadcasts."""
     return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Say on the console what was done or found, as a line of Lightning's log.
+
+    Not as a warning, for which Python would print the place in the source as well.
+    """
+    logging.getLogger("lightning.pytorch").getChild("lit_callbacks").warning(text)
 
 
 class EventLog:

@@ -11,7 +11,7 @@ from lit_callbacks._data_jump import data_place
 from lit_callbacks._facts import facts_of
 from lit_callbacks._probe_batch import any_non_finite, remember, rise
 from lit_callbacks._room import find_room
-from lit_callbacks._snapshots import Place, SnapshotRing, size_of
+from lit_callbacks._snapshots import Place, Snapshot, SnapshotRing, size_of
 from lit_callbacks._training_state import live_tensors
 from lit_callbacks._window import Window
 
@@ -46,6 +46,7 @@ class Rewinder:
             (rank_zero_warn if room.is_less else rank_zero_info)(f"LossSpikeRecovery: {room.statement}.")
             self._ring = SnapshotRing(room.keep, room.allocate)
         self._next = trainer.global_step + self.every
+        self._ring.drop_unfit(trainer, live)
         self._ring.take(trainer, live, Place(trainer.global_step, trainer.current_epoch, data_place(trainer)))
         self._unread, self._untouched = any_non_finite(trainer, live), True
 
@@ -72,7 +73,7 @@ class Rewinder:
         """Whether they cost the batch of a snapshot less than half of ``excess`` nats; None if that cannot be told."""
         if not self._all_finite(trainer, module):
             return False
-        snapshot = None if self._ring is None else self._ring.choose(before)
+        snapshot = self._choose(trainer, module, before)
         if snapshot is None:
             return True  # nothing better is known
         change = rise(trainer, module, snapshot.probe)
@@ -85,7 +86,7 @@ class Rewinder:
 
         It does not where the damage is in frozen parameters, which snapshots leave out.
         """
-        snapshot = None if self._ring is None else self._ring.choose(before, further)
+        snapshot = self._choose(trainer, module, before, further)
         if snapshot is None or self._ring is None:
             return None
         # Across an epoch's end, a loader would draw its next order from the same random numbers again.
@@ -93,6 +94,12 @@ class Rewinder:
         self._ring.drop_younger(snapshot)
         self._next, self._untouched = trainer.global_step + self.every, False
         return snapshot.place if self._all_finite(trainer, module) else None
+
+    def _choose(self, trainer: Trainer, module: LightningModule, before: int, further: int = 0) -> Snapshot | None:
+        if self._ring is None:
+            return None
+        self._ring.drop_unfit(trainer, live_tensors(trainer, module))
+        return self._ring.choose(before, further)
 
     def _all_finite(self, trainer: Trainer, module: LightningModule) -> bool:
         frozen = {f"frozen {name}": p.detach() for name, p in module.named_parameters() if not p.requires_grad}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_callbacks._probe_batch import ProbeBatch
 from lit_callbacks._rng import rng_state, set_rng_state
-from lit_callbacks._training_state import plain_values, restore
+from lit_callbacks._training_state import STATE, plain_values, restore
 
 _ALIGNMENT = 64  # bytes
 
@@ -48,6 +48,12 @@ class Snapshot:
         torch._foreach_copy_(list(self._saved.values()), list(live.values()), non_blocking=True)
         self._values, self._rng = plain_values(trainer), rng_state(trainer.strategy.root_device)
         self.place, self.probe = place, None
+
+    def fits(self, trainer: Trainer, live: Mapping[str, Tensor]) -> bool:
+        """Whether what is trained is still the same: finetuning may have unfrozen more. Optimizer states may be new."""
+        saved, now = ({name for name in names if not name.startswith(STATE)} for names in (self._saved, live))
+        groups = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
+        return saved == now and groups == [len(groups) for groups in self._values["groups"]]
 
     def restore(self, trainer: Trainer, module: LightningModule, rng: bool) -> None:
         """Copy everything back, so that the snapshot can be restored again; the random numbers only if asked for."""
@@ -87,6 +93,11 @@ class SnapshotRing:
         """The newest of step ``before`` or an earlier one, or the oldest if all are younger; or one further back."""
         old = [snapshot for snapshot in self.snapshots if snapshot.place.step <= before] or self.snapshots[:1]
         return old[max(0, len(old) - 1 - further)] if old else None
+
+    def drop_unfit(self, trainer: Trainer, live: Mapping[str, Tensor]) -> None:
+        """Give up those of another set of parameters."""
+        self._spare += [snapshot for snapshot in self.snapshots if not snapshot.fits(trainer, live)]
+        self.snapshots = [snapshot for snapshot in self.snapshots if snapshot not in self._spare]
 
     def drop_newest(self) -> None:
         """Give up the one that was taken last."""

@@ -1,6 +1,5 @@
 """What LossSpikeRecovery says: an event, a line and, where a logger has alerts, an alert for each action."""
 
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from lit_callbacks._events import EventLog
+from lit_callbacks._events import EventLog, say
 from lit_callbacks._ladder import NOT_FINITE, Action, Decision, LadderState
 from lit_callbacks._member import publish
 
@@ -55,7 +54,7 @@ class SpikeReport:
             **event,
             text=text,
         )
-        _say(f"step {step}: {text}")
+        say(f"step {step}: {text}")
         if action != "skip":
             _alert(trainer, f"{action} at step {step}", text)
         values = self._values(state.lr_factor, decision.verdict.score)
@@ -135,12 +134,6 @@ def _what(decision: Decision, event: dict[str, Any]) -> str:
         return f"not finite: {', '.join(numbers)}{where}{parameter}"
     score = "" if not math.isfinite(decision.verdict.score) else f", {decision.verdict.score:.1f} from normal"
     return f"{reason}: {', '.join(numbers)}{score}" if numbers else reason
-
-
-@rank_zero_only
-def _say(text: str) -> None:
-    # A line in Lightning's log, not a warning: Python would print where it comes from as well.
-    logging.getLogger("lightning.pytorch").getChild("lit_callbacks").warning(text)
 
 
 @rank_zero_only

@@ -11,6 +11,9 @@ from torch.optim import Optimizer
 
 from lit_callbacks._facts import has_scaler, parameters
 
+STATE = "optimizer "
+"""What the names of optimizer states begin with."""
+
 # What schedules set anew, so that it belongs to the step and not to the weights.
 _OF_THE_SCHEDULE = {"params", "param_names", "lr", "initial_lr", "max_lr", "min_lr", "betas", "momentum"} | {
     "base_momentum",
@@ -27,7 +30,7 @@ def live_tensors(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]
     for index, optimizer in enumerate(trainer.optimizers):
         for place, value in _states(optimizer):
             if isinstance(value, Tensor):
-                tensors[f"optimizer {index} {place}"] = value
+                tensors[f"{STATE}{index} {place}"] = value
     for index, callback in enumerate(trainer.callbacks):  # type: ignore[attr-defined]
         average = getattr(callback, "_average_model", None)  # of Lightning's WeightAveraging and its kin
         if isinstance(average, nn.Module):
@@ -58,7 +61,7 @@ def restore(
 ) -> None:
     """Copy saved tensors and values back in place; optimizer states that are younger than they are dropped."""
     for index, optimizer in enumerate(trainer.optimizers):
-        _forget_younger(optimizer, f"optimizer {index} ", tensors, values["states"][index])
+        _forget_younger(optimizer, f"{STATE}{index} ", tensors, values["states"][index])
         for place, value in values["states"][index].items():
             _set(optimizer, place, copy.deepcopy(value))
         for group, saved in zip(optimizer.param_groups, values["groups"][index], strict=True):

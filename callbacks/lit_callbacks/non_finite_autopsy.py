@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_callbacks import _ranks
 from lit_callbacks._actor import Actor
 from lit_callbacks._errors import SetupError
+from lit_callbacks._events import say
 from lit_callbacks._facts import facts_of, has_scaler
 from lit_callbacks._first_non_finite import FINITE, Finding, Search
 from lit_callbacks._replay import training_loss, without_trace
@@ -116,7 +116,7 @@ class NonFiniteAutopsy(Actor):
         }
         self.events.write(**event)
         on_rank = f" on rank {rank}" if trainer.world_size > 1 and rank is not None else ""
-        rank_zero_warn(f"step {trainer.global_step}{on_rank}: {finding}")
+        say(f"step {trainer.global_step}{on_rank}: {finding}")
 
     def _repeat(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Finding, int | None, int | None]:
         """The earliest finding in the first bad micro-batch of all ranks, its rank, and the batch's index."""

@@ -20,11 +20,7 @@ from helpers import MemoryLogger, OldTinyLM, TinyLM, assert_identical, loader, s
 from lit_callbacks._observer import Observer
 from lit_callbacks.rules import SixSigma, SpikeRule
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:step .* the gradient is not finite"),
-    pytest.mark.filterwarnings("ignore:step .* was not finite before the forward pass"),
-    pytest.mark.filterwarnings("ignore:step .* the batch is not finite"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:step .* the gradient is not finite")
 
 PACKAGE = Path(lit_callbacks.__file__).parent
 PUBLIC = [getattr(lit_callbacks, name) for name in lit_callbacks.__all__]

@@ -512,3 +512,27 @@ def test_what_it_cannot_serve_is_refused(make_trainer, module, callbacks, option
 def test_snapshots_that_do_not_reach_back_far_enough_are_refused():
     with pytest.raises(ValueError, match=r"prove_steps must be at most .* = 20, .*, got 21"):
         LossSpikeRecovery(snapshot_every_n_steps=10, keep_snapshots=3, prove_steps=21)
+
+
+def test_parameters_that_are_unfrozen_in_between_make_older_snapshots_useless(make_trainer):
+    class Unfreeze(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 25:
+                pl_module.head.requires_grad_(True)
+                trainer.optimizers[0].add_param_group({"params": list(pl_module.head.parameters())})
+
+    class Partly(TinyLM):
+        def configure_optimizers(self):
+            self.head.requires_grad_(False)
+            return self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+
+    faults = [Fault("nan_weight", step=37, where="head.weight")]
+    final, recovery, _ = fit(make_trainer, loader(n_samples=200), Unfreeze(), module=Partly, faults=faults)
+    assert history(recovery) == [[37, "rollback"]]
+    assert counts(recovery)["steps_lost"] == 37 - 31
+    assert final[0]["head.weight"].isfinite().all()
+    with pytest.raises(DivergenceError, match="no good snapshot"):  # none has been taken of the new set yet
+        fit(
+            make_trainer, loader(n_samples=200), Unfreeze(), module=Partly,
+            faults=[Fault("nan_weight", step=27, where="head.weight")],
+        )  # fmt: skip

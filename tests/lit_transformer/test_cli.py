@@ -470,7 +470,6 @@ def test_two_processes_train_what_one_does(cli):
     assert first["grad_norm/total"] == [(s, pytest.approx(n, rel=1e-4)) for s, n in second["grad_norm/total"]]
 
 
-@pytest.mark.filterwarnings("ignore:step .* before the forward pass")
 def test_a_run_that_recovery_stops_says_so_and_exits_with_3(cli):
     faults = json.dumps([{"kind": "nan_weight", "step": step} for step in (6, 8, 10)])
     injector = ["--trainer.callbacks+", "lit_callbacks.testing.FaultInjector", "--trainer.callbacks.faults", faults]

@@ -23,7 +23,7 @@ class NonFiniteAutopsy(Actor):
 
     A step whose loss or gradient is not finite is run a second time before anything is done about it: with the same
     batches, buffers and random numbers, and with hooks on every module and on every operation of the backward pass.
-    The finding goes into ``events.jsonl`` in the run folder and into one warning. It is the first of these:
+    The finding goes into ``events.jsonl`` in the run folder and onto the console. It is the first of these:
 
     - ``parameter``: a weight was bad before the step.
     - ``batch``: the batch was, under this key or at this position.
@@ -36,7 +36,7 @@ class NonFiniteAutopsy(Actor):
     - ``finite``: nothing was bad the second time, which points at the hardware or at what is left to chance.
 
     Minus infinity alone counts as a mask, and is only mentioned. Nothing is changed: what becomes of the step is for
-    :class:`NonFiniteGuard` to say, which comes after. All ranks repeat the step, and the earliest finding is reported.
+    :class:`LossSpikeRecovery` to say, which comes after. All ranks repeat the step, and the earliest finding is reported.
     An infinite *gradient* under a GradScaler is how the scaler searches for its factor, and is left to it. Compiled
     modules run eagerly when repeated; through reentrant activation checkpoints the backward pass is not followed.
 

@@ -36,9 +36,10 @@ class NonFiniteAutopsy(Actor):
     - ``finite``: nothing was bad the second time, which points at the hardware or at what is left to chance.
 
     Minus infinity alone counts as a mask, and is only mentioned. Nothing is changed: what becomes of the step is for
-    :class:`LossSpikeRecovery` to say, which comes after. All ranks repeat the step, and the earliest finding is reported.
-    An infinite *gradient* under a GradScaler is how the scaler searches for its factor, and is left to it. Compiled
-    modules run eagerly when repeated; through reentrant activation checkpoints the backward pass is not followed.
+    :class:`LossSpikeRecovery` to say, which comes after. All ranks repeat the step, and the earliest finding is
+    reported. An infinite *gradient* under a GradScaler is how the scaler searches for its factor, and is left to it.
+    Compiled modules run eagerly when repeated; through reentrant activation checkpoints the backward pass is not
+    followed.
 
     Logs: nothing; what was found goes into ``events.jsonl``.
 

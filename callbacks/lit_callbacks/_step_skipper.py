@@ -4,16 +4,14 @@ import math
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_callbacks import _ranks
-from lit_callbacks._actor import Actor
 from lit_callbacks._errors import SetupError
 from lit_callbacks._facts import Reading, facts_of, has_scaler
 from lit_callbacks._names import clean_name
 from lit_callbacks._probe import step_without_gradients_fault
-from lit_callbacks._window import Window
+from lit_callbacks._window_actor import WindowActor
 from lit_callbacks.functional import tensor_norms
 from lit_callbacks.protocols import HasSampleIds
 
@@ -22,7 +20,7 @@ class DivergenceError(RuntimeError):
     """Training cannot go on by itself. The message says whether the weights in memory are good, and what to do."""
 
 
-class StepSkipper(Actor):
+class StepSkipper(WindowActor):
     """Keeps what is needed to take a step back before it is made, and refuses runs in which that cannot be done.
 
     A subclass decides in ``on_before_optimizer_step``, and calls :meth:`skip`.
@@ -30,24 +28,11 @@ class StepSkipper(Actor):
 
     def __init__(self) -> None:
         super().__init__()
-        self._window: Window | None = None
         self._scaler: dict[str, Any] | None = None
 
-    @property
-    def window(self) -> Window:
-        """The accumulation window under way; during fit only."""
-        assert self._window is not None
-        return self._window
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse manual optimization."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit" and not pl_module.automatic_optimization:
-            raise SetupError(
-                f"{type(self).__name__} needs automatic optimization: in manual optimization it cannot tell which "
-                "losses belong to which optimizer step. Skip such steps in your training_step, or leave the callback "
-                "out."
-            )
+    def keeps_batches(self, trainer: Trainer) -> bool:
+        """Where their samples can be named."""
+        return _data(trainer) is not None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse optimizers whose step cannot be skipped."""
@@ -65,22 +50,6 @@ class StepSkipper(Actor):
                     "optimizer that ignores parameters without gradients, as torch.optim.AdamW does, or leave the "
                     "callback out."
                 )
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the module now that a checkpoint has been loaded."""
-        self._window = Window(trainer, pl_module, keep_batches=self.keeps_batches(trainer))
-
-    def keeps_batches(self, trainer: Trainer) -> bool:
-        """Whether to hold on to the batches of a window until the next."""
-        return _data(trainer) is not None
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Remember what the forward pass is about to change."""
-        self.window.start_batch(trainer, batch, batch_idx)
-
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Let the shared facts see the loss, and remember which batch it belongs to."""
-        self.window.record_loss(self, trainer, loss)
 
     def skip(self, trainer: Trainer, optimizer: Optimizer, reading: Reading) -> None:
         """Make the coming step change nothing: neither weights nor anything that its forward passes have touched."""
@@ -115,16 +84,6 @@ class StepSkipper(Actor):
             "first_bad_rank": first_bad_rank,
             "sample_ids": [i for _, ids in reports for i in ids] or None,
         }
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the batches."""
-        super().teardown(trainer, pl_module, stage)
-        self._window = None
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of the batches."""
-        super().on_exception(trainer, pl_module, exception)
-        self._window = None
 
 
 def _data(trainer: Trainer) -> HasSampleIds | None:

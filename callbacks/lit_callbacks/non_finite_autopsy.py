@@ -5,20 +5,18 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_callbacks import _ranks
-from lit_callbacks._actor import Actor
-from lit_callbacks._errors import SetupError
 from lit_callbacks._events import say
 from lit_callbacks._facts import facts_of, has_scaler
 from lit_callbacks._first_non_finite import FINITE, Finding, Search
 from lit_callbacks._replay import training_loss, without_trace
-from lit_callbacks._window import MicroBatch, Window
+from lit_callbacks._window import MicroBatch
+from lit_callbacks._window_actor import WindowActor
 
 
-class NonFiniteAutopsy(Actor):
+class NonFiniteAutopsy(WindowActor):
     """Name the module in which the first NaN or infinity of a bad step arose.
 
     A step whose loss or gradient is not finite is run a second time before anything is done about it: with the same
@@ -69,30 +67,6 @@ class NonFiniteAutopsy(Actor):
         super().__init__()
         self.max_reports = max_reports
         self._reports = 0
-        self._window: Window | None = None
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse manual optimization."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit" and not pl_module.automatic_optimization:
-            raise SetupError(
-                "NonFiniteAutopsy needs automatic optimization: in manual optimization a training_step cannot be "
-                "repeated without stepping the optimizers. Leave the callback out."
-            )
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the module now that a checkpoint has been loaded."""
-        self._window = Window(trainer, pl_module)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep the batch, and what its forward pass is about to change."""
-        assert self._window is not None
-        self._window.start_batch(trainer, batch, batch_idx)
-
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Let the shared facts see the loss, and remember which batch it belongs to."""
-        assert self._window is not None
-        self._window.record_loss(self, trainer, loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Agree on whether this step is finite; if it is not, find out why and say so."""
@@ -121,11 +95,10 @@ class NonFiniteAutopsy(Actor):
 
     def _repeat(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Finding, int | None, int | None]:
         """The earliest finding in the first bad micro-batch of all ranks, its rank, and the batch's index."""
-        assert self._window is not None
         found: tuple[Finding, int | None, int | None] = FINITE, None, None
         with without_trace(trainer, pl_module), torch.enable_grad():
-            self._window.rewind()
-            for micro_batch in self._window.micro_batches:
+            self.window.rewind()
+            for micro_batch in self.window.micro_batches:
                 # All ranks go through forward and backward whatever they see: models may have collectives of their own.
                 findings = _ranks.gather(trainer, _look(trainer, pl_module, micro_batch))
                 first = min(findings, key=lambda finding: finding.time)
@@ -134,16 +107,6 @@ class NonFiniteAutopsy(Actor):
                 if not first.nothing:
                     break
         return found
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the batches."""
-        super().teardown(trainer, pl_module, stage)
-        self._window = None
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of the batches."""
-        super().on_exception(trainer, pl_module, exception)
-        self._window = None
 
     def state_dict(self) -> dict[str, Any]:
         """The number of reports."""

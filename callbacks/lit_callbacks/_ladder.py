@@ -19,7 +19,7 @@ NOT_FINITE = "not finite"
 _NON_FINITE = Verdict(anomalous=True, score=math.inf, reason=NOT_FINITE, excess=math.inf)
 _ASK_AFTER = 3  # anomalies: the first two may be bad batches
 _NON_FINITE_PATIENCE = 3  # NaN on three batches and frozen weights is not data, where nobody can look at the weights
-_SAME_LEVEL = 1.1  # times the level that was rolled back from
+_SAME_LEVEL = 0.1  # of the level that was rolled back from
 _LOWER_FROM = 4  # the rollback from which on the learning rate is lowered
 _OLDEST = -1  # a step before all snapshots
 _LOOK_EVERY = 25  # steps between looks at the weights because of a suspicion
@@ -157,7 +157,7 @@ class Ladder:
             return self.roll_back(step, verdict, damaged=True)
         if not over and not (healthy is None and state.nonfinite >= _NON_FINITE_PATIENCE):
             return Decision("skip", verdict, healthy=healthy)
-        same_level = state.blame_data and self._level() < _SAME_LEVEL * state.level
+        same_level = state.blame_data and self._level() < state.level + _SAME_LEVEL * abs(state.level)
         if state.pending and state.nonfinite == 0 and (healthy or same_level):
             self.accept()
             return Decision("accept", verdict, healthy)

@@ -73,7 +73,8 @@ def publish(
     for logger in trainer.loggers:
         logger.log_metrics(dict(values), step=step)
     for key in summary:
-        pl_module.log(key, values[key], logger=False, on_step=True, on_epoch=False)
+        # Without the size, Lightning looks for it in the batch, which a step with a `dataloader_iter` does not have.
+        pl_module.log(key, values[key], logger=False, on_step=True, on_epoch=False, batch_size=1)
 
 
 def _refuse_sharded(callback: Member, trainer: Trainer) -> None:

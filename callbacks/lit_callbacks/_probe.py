@@ -22,7 +22,8 @@ def step_without_gradients_fault(optimizer: Optimizer) -> str | None:
     try:
         toy, parameters = _toy(optimizer)
         for parameter in parameters:
-            parameter.grad = torch.full_like(parameter, 0.5)
+            gradient = torch.full_like(parameter, 0.5)
+            parameter.grad = gradient.to_sparse() if isinstance(toy, torch.optim.SparseAdam) else gradient
         # On the class: schedulers patch `step` on the instance. With a closure: Lightning always passes one.
         type(toy).step(toy, closure=lambda: 0.0)
         before = copy.deepcopy([parameters, list(toy.state.values()), _settings(toy)])
@@ -44,7 +45,9 @@ def _toy(optimizer: Optimizer) -> tuple[Optimizer, list[Tensor]]:
     cls = type(optimizer)
     parameters, groups = [], []
     for group in optimizer.param_groups:
-        like = group["params"][0]
+        if not group["params"]:
+            continue
+        like = next((parameter for parameter in group["params"] if parameter.requires_grad), group["params"][0])
         parameter = torch.ones([2] * like.ndim, dtype=like.dtype, device=like.device, requires_grad=True)
         settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         if "lr" in settings:

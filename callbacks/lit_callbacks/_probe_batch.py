@@ -22,10 +22,9 @@ class ProbeBatch(NamedTuple):
     loss: Tensor
 
 
-def remember(micro_batch: MicroBatch, loss: Tensor) -> ProbeBatch:
-    """Keep a batch. Its tensors are copied: some loaders use theirs again."""
-    batch = tree_map_only(Tensor, torch.clone, micro_batch.batch)
-    return ProbeBatch(micro_batch._replace(batch=batch), loss.clone())
+def copy_of(micro_batch: MicroBatch) -> MicroBatch:
+    """The same batch in tensors of its own: some training steps write to theirs, and some loaders use them again."""
+    return micro_batch._replace(batch=tree_map_only(Tensor, torch.clone, micro_batch.batch))
 
 
 def rise(trainer: Trainer, pl_module: LightningModule, probe: ProbeBatch | None) -> float | None:
@@ -56,6 +55,6 @@ def any_non_finite(trainer: Trainer, live: Mapping[str, Tensor]) -> Tensor:
 
     Shape ``(1,)``, on the device: whoever reads it waits.
     """
-    norms = tensor_norms([tensor for tensor in live.values() if tensor.is_floating_point()])
+    norms = tensor_norms([t for t in live.values() if t.is_floating_point() and t.element_size() > 1])
     bad = (~norms.isfinite()).any().float().reshape(1).to(trainer.strategy.root_device)
     return _ranks.largest(trainer, bad)

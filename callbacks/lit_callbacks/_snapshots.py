@@ -50,10 +50,10 @@ class Snapshot:
         self.place, self.probe = place, None
 
     def fits(self, trainer: Trainer, live: Mapping[str, Tensor]) -> bool:
-        """Whether what is trained is still the same: finetuning may have unfrozen more. Optimizer states may be new."""
+        """Whether it holds all that is trained: finetuning may have unfrozen more. Optimizer states may be new."""
         saved, now = ({name for name in names if not name.startswith(STATE)} for names in (self._saved, live))
         groups = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
-        return saved == now and groups == [len(groups) for groups in self._values["groups"]]
+        return now <= saved and groups == [len(groups) for groups in self._values["groups"]]
 
     def restore(self, trainer: Trainer, module: LightningModule, rng: bool) -> None:
         """Copy everything back, so that the snapshot can be restored again; the random numbers only if asked for."""

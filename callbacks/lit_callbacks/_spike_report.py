@@ -28,7 +28,8 @@ class SpikeReport:
     def log(self, trainer: Trainer, pl_module: LightningModule, lr_factor: float, score: float) -> None:
         """Every now and then, while nothing happens."""
         if trainer.global_step % _LOG_EVERY == 0:
-            publish(trainer, pl_module, trainer.global_step, self._values(lr_factor, score), summary=[])
+            values = self._values(lr_factor, score)
+            publish(trainer, pl_module, trainer.global_step, values, summary=values)
 
     def tell(
         self,
@@ -66,9 +67,9 @@ class SpikeReport:
         if not self._advised and steps >= _ENOUGH and skipped > _MANY * steps:
             self._advised = True
             rank_zero_warn(
-                f"step {step}: {skipped} of {steps} steps have been skipped. Where data is not shuffled, hard "
-                "stretches look like faults: shuffle it, or raise the thresholds, as in rule=RobustRule(k_loss=9, "
-                "k_both=6, k_often=5)."
+                f"step {step}: {skipped} of {steps} steps have been skipped. Where data is not shuffled, or the loss "
+                "has a long tail, hard batches look like faults: shuffle, or raise the thresholds, as in "
+                "rule=RobustRule(k_loss=9, k_both=6, k_often=5)."
             )
 
     def _values(self, lr_factor: float, score: float) -> dict[str, float]:
@@ -85,13 +86,14 @@ class SpikeReport:
         self.history = [list(entry) for entry in state["history"]]
 
 
-def farewell(trainer: Trainer, reason: str, checkpoint: Path | None) -> str:
+def farewell(trainer: Trainer, reason: str, checkpoint: Path | None, culprit: str | None) -> str:
     """Why the run was stopped, what there is to go on from, and what to change."""
+    where = "" if culprit is None else f": what is damaged is {culprit}, of which snapshots have no copy"
     stopped = f"Stopped at step {trainer.global_step}: {reason}"
     if checkpoint is None:
         return (
-            f"{stopped}, and there is no good snapshot to go back to. The weights in memory are not good: begin again, "
-            "or go on from a checkpoint that was written before."
+            f"{stopped}, and there is no good snapshot to go back to{where}. The weights in memory are not good: begin "
+            "again, or go on from a checkpoint that was written before."
         )
     tips = ["lower the learning rate or warm up for longer"]
     if not trainer.gradient_clip_val:

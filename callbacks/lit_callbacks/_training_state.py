@@ -1,12 +1,13 @@
 """Everything that an optimizer step changes, as named tensors and plain values."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lit_callbacks._facts import has_scaler, parameters
@@ -21,12 +22,12 @@ _OF_THE_SCHEDULE = {"params", "param_names", "lr", "initial_lr", "max_lr", "min_
 }
 
 
-def live_tensors(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
+def live_tensors(trainer: Trainer, module: LightningModule, also: Collection[str] = ()) -> dict[str, Tensor]:
     """The tensors that training changes, by name: trainable parameters, buffers, optimizer states, averaged weights.
 
-    Frozen parameters are left out; so are buffers that are not saved, and boolean ones.
+    Frozen parameters are left out unless ``also`` names them; so are buffers that are not saved, and boolean ones.
     """
-    tensors = _of_module("", module)
+    tensors = _of_module("", module, also)
     for index, optimizer in enumerate(trainer.optimizers):
         for place, value in _states(optimizer):
             if isinstance(value, Tensor):
@@ -34,7 +35,7 @@ def live_tensors(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]
     for index, callback in enumerate(trainer.callbacks):  # type: ignore[attr-defined]
         average = getattr(callback, "_average_model", None)  # of Lightning's WeightAveraging and its kin
         if isinstance(average, nn.Module):
-            tensors |= _of_module(f"average {index} ", average, frozen=True)
+            tensors |= _of_module(f"average {index} ", average, [name for name, _ in average.named_parameters()])
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
@@ -66,22 +67,26 @@ def restore(
             _set(optimizer, place, copy.deepcopy(value))
         for group, saved in zip(optimizer.param_groups, values["groups"][index], strict=True):
             group.update(copy.deepcopy(saved))
-    live = live_tensors(trainer, module)
+    live = live_tensors(trainer, module, also=tensors.keys())
+    for name in tensors.keys() - live.keys():  # a state that has been cleared
+        number, place = name.removeprefix(STATE).split(" ", 1)
+        _revive(trainer.optimizers[int(number)], place, tensors[name])
+    live = live_tensors(trainer, module, also=tensors.keys())
     torch._foreach_copy_([live[name] for name in tensors], list(tensors.values()), non_blocking=True)
     if has_scaler(trainer):
         trainer.precision_plugin.load_state_dict(copy.deepcopy(values["precision"]))
 
 
-def _of_module(prefix: str, module: nn.Module, frozen: bool = False) -> dict[str, Tensor]:
+def _of_module(prefix: str, module: nn.Module, also: Collection[str]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {
         f"{prefix}{name}": parameter
         for name, parameter in module.named_parameters()
-        if parameter.requires_grad or frozen
+        if (parameter.requires_grad or name in also) and not is_lazy(parameter)
     }
     for path, owner in module.named_modules():
         for name, buffer in owner.named_buffers(recurse=False):
-            if name not in owner._non_persistent_buffers_set and buffer.dtype != torch.bool:
-                tensors[f"{prefix}{path}.{name}"] = buffer
+            if name not in owner._non_persistent_buffers_set and buffer.dtype != torch.bool and not is_lazy(buffer):
+                tensors[f"{prefix}{path}{'.' if path else ''}{name}"] = buffer
     return tensors
 
 
@@ -95,6 +100,13 @@ def _states(optimizer: Optimizer) -> Iterator[tuple[str, Any]]:
 def _set(optimizer: Optimizer, place: str, value: Any) -> None:
     index, _, key = place.partition(" ")
     optimizer.state[parameters(optimizer)[int(index)]][key] = value
+
+
+def _revive(optimizer: Optimizer, place: str, saved: Tensor) -> None:
+    index, _, key = place.partition(" ")
+    parameter = parameters(optimizer)[int(index)]
+    on_device = saved.dim() or any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    optimizer.state[parameter][key] = saved.to(parameter.device, copy=True) if on_device else saved.clone()
 
 
 def _forget_younger(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_callbacks._facts import facts_of, parameters
-from lit_callbacks._forward_state import ForwardState
+from lit_callbacks._forward_state import ForwardState, set_values, values_of
 from lit_callbacks._rng import rng_state
 
 
@@ -31,10 +31,12 @@ class Window:
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, keep_batches: bool = True) -> None:
-        self._device = trainer.strategy.root_device
+        self._trainer, self._device = trainer, trainer.strategy.root_device
+        self._logged: dict[str, dict[str, Any]] = {}
         self._before = ForwardState(module, self._device)
         self._keep_batches = keep_batches
-        self._current: MicroBatch | None = None
+        self.current: MicroBatch | None = None
+        """The batch under way, where batches are kept."""
         self.micro_batches: list[MicroBatch] = []
 
     def start_batch(self, trainer: Trainer, batch: Any, batch_idx: int) -> bool:
@@ -43,17 +45,18 @@ class Window:
         if first:
             self.micro_batches = []
             self._before.save()
+            self._logged = {key: values_of(result) for key, result in _logged(trainer).items()}
         if self._keep_batches:
             # The container is copied, because some training steps pop their labels out of it.
             kept = copy.copy(batch) if isinstance(batch, Mapping | list) else batch
-            self._current = MicroBatch(kept, batch_idx, rng_state(self._device))
+            self.current = MicroBatch(kept, batch_idx, rng_state(self._device))
         return first
 
     def record_loss(self, recorder: Any, trainer: Trainer, loss: Tensor) -> None:
         """Let the shared facts see the loss of the current batch."""
         facts_of(trainer).record_loss(recorder, trainer.global_step, loss)
-        if self._current is not None:
-            self.micro_batches.append(self._current)
+        if self.current is not None:
+            self.micro_batches.append(self.current)
 
     def undo(self, optimizer: Optimizer) -> None:
         """Make the coming optimizer step change nothing, and take back what the forward passes changed."""
@@ -61,7 +64,20 @@ class Window:
         for parameter in parameters(optimizer):
             parameter.grad = None
         self.rewind()
+        # What the module logged enters the means of an epoch, which EarlyStopping and schedules look at. Values of the
+        # step itself stay: a curve shows what was skipped.
+        for key, result in _logged(self._trainer).items():
+            if key in self._logged:
+                set_values(result, self._logged[key])
+            else:
+                result.reset()
 
     def rewind(self) -> None:
         """Put back what the forward passes changed: buffers, metrics and generators are as the window found them."""
         self._before.restore()
+
+
+def _logged(trainer: Trainer) -> dict[str, Any]:
+    """What ``self.log`` has added up in training, by key: torchmetrics, each of them."""
+    results: dict[str, Any] | None = trainer._results
+    return {} if results is None else dict(results)

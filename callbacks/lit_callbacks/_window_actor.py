@@ -20,6 +20,9 @@ class WindowActor(Actor):
         super().__init__()
         self._window: Window | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_window": None}
+
     @property
     def window(self) -> Window:
         """The accumulation window under way; during fit only."""

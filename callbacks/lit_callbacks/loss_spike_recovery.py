@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lit_callbacks import _spike_report as report
-from lit_callbacks._data_jump import data_place, jump
+from lit_callbacks._data_jump import data_place, jump, may_jump
 from lit_callbacks._errors import SetupError
 from lit_callbacks._events import run_folder
 from lit_callbacks._facts import facts_of, has_scaler
@@ -97,7 +97,7 @@ class LossSpikeRecovery(StepSkipper):
         cooldown_steps: int = 100,
     ) -> None:
         for name, value, least in (
-            ("patience", patience, 1),
+            ("patience", patience, 3),
             ("snapshot_every_n_steps", snapshot_every_n_steps, 1),
             ("keep_snapshots", keep_snapshots, 2),
             ("prove_steps", prove_steps, 0),
@@ -128,8 +128,12 @@ class LossSpikeRecovery(StepSkipper):
         self._ladder = Ladder(rule, self.patience, self.prove_steps, *limits)
         self._report = report.SpikeReport()
         self._jump, self._searches = 0, 0
+        self._hooks: list[Any] = []
         self._stop: Decision | None = None
         self._restored = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_rewinder": None, "_hooks": []}
 
     @property
     def rewinder(self) -> Rewinder:
@@ -165,12 +169,21 @@ class LossSpikeRecovery(StepSkipper):
         """For a look at the weights."""
         return True
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the module now that a checkpoint has been loaded."""
+        super().on_train_start(trainer, pl_module)
+        self.rewinder.start(pl_module)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Take a snapshot, if it is time and no episode is open."""
         first = batch_idx % trainer.accumulate_grad_batches == 0
-        if first and self._ladder.quiet and self.rewinder.due(trainer.global_step):
+        # A run that was resumed in the middle of an episode has nothing but its checkpoint to go back to.
+        quiet = self._ladder.quiet or not self.rewinder.has_any
+        if first and quiet and self.rewinder.due(trainer, pl_module):
             self.rewinder.take(trainer, pl_module)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if first:
+            self.rewinder.batch_follows(self.window)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Judge the step; make it, or do something about it."""
@@ -192,8 +205,8 @@ class LossSpikeRecovery(StepSkipper):
         counts = self._report.counts
         counts["steps"] += 1
         if decision.action in ("update", "accept"):
-            self.rewinder.step_follows(trainer, self.window)
-            lower_learning_rate(optimizer, self._ladder.state.lr_factor, has_scaler(trainer))
+            self.rewinder.step_follows(trainer)
+            self._hooks += lower_learning_rate(optimizer, self._ladder.state.lr_factor, has_scaler(trainer))
         if decision.action == "update":
             if decision.healthy is not None:
                 self.events.write(step=step, event="look", rule=decision.verdict.reason, weights_healthy=True)
@@ -245,13 +258,15 @@ class LossSpikeRecovery(StepSkipper):
     ) -> None:
         """Do what has to wait until the step is over: pass over data, or stop."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        while self._hooks:
+            self._hooks.pop().remove()
         if self._stop is not None:
             path = run_folder(trainer) / "last_good.ckpt" if self._restored else None
             if path is not None:
                 self._ladder.state.rollbacks = []  # whoever goes on from here has changed something
                 trainer.save_checkpoint(path, weights_only=False)
-            raise DivergenceError(report.farewell(trainer, self._stop.verdict.reason, path))
-        if self._jump:
+            raise DivergenceError(report.farewell(trainer, self._stop.verdict.reason, path, self.rewinder.culprit))
+        if self._jump and may_jump(trainer, batch_idx):
             n, self._jump = self._jump, 0
             self.events.write(step=trainer.global_step, event="jump", passed_over=jump(trainer, n))
 

@@ -264,14 +264,14 @@ def test_a_finite_gradient_of_an_infinite_loss_is_clipped_and_not_learnt(make_tr
     assert len(clipping.state_dict()["first"]) == 15
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")  # Lightning says it once in a process
 def test_a_step_without_a_loss_is_not_learnt(make_trainer):
     class Silent(TinyLM):
         def training_step(self, batch, batch_idx):
             return None if batch_idx == 2 else self.loss(batch)
 
     clipping = AdaptiveGradientClipping()
-    with pytest.warns(UserWarning, match="`training_step` returned `None`"):
-        fit(make_trainer, [clipping], uneven_loader(), module=Silent)
+    fit(make_trainer, [clipping], uneven_loader(), module=Silent)
     first = clipping.state_dict()["first"]
     assert len(first) == 15
     assert min(first) > 0

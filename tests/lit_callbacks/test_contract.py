@@ -61,7 +61,7 @@ BAD = {
         {"every_n_steps": 0},
     ],
     "LossSpikeRecovery": [
-        {"patience": 0},
+        {"patience": 2},
         {"snapshot_every_n_steps": 0},
         {"keep_snapshots": 1},
         {"prove_steps": -1},

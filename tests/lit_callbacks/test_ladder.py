@@ -17,7 +17,7 @@ class Run:
 
     def __init__(self, ladder, weights=lambda excess, before: None):
         self.ladder, self.weights = ladder, weights
-        self.generator, self.step, self.asked = random.Random(0), 0, []
+        self.generator, self.step, self.asked, self.offset = random.Random(0), 0, [], 0.0
 
     def ask(self, excess, before):
         self.asked.append((self.step, excess, before))
@@ -27,7 +27,7 @@ class Run:
         """Actions of the next `n` steps."""
         decisions = []
         for _ in range(n):
-            loss = 2 + self.generator.gauss(0, 0.1) + extra
+            loss = 2 + self.offset + self.generator.gauss(0, 0.1) + extra
             decisions.append(
                 self.ladder.decide(self.step, loss, norm * math.exp(self.generator.gauss(0, 0.1)), self.ask)
             )
@@ -153,6 +153,14 @@ def test_a_slow_rise_goes_back_to_the_oldest_snapshot_if_it_is_the_weights():
     assert found[0].before == -1
     assert run.asked[-1][2] == -1
     assert actions(run.do(100)).count("update") >= 98
+
+
+def test_the_same_level_is_the_same_for_negative_losses():
+    run = Run(ladder())
+    run.offset = -12.0
+    run.do(100)
+    expected = ["skip"] * 11 + ["rollback"] + ["skip"] * 11 + ["accept"]
+    assert actions(run.do(24, extra=1.5, norm=2.0)) == expected
 
 
 def test_an_announced_shift_costs_nothing():

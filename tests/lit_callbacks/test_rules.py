@@ -4,7 +4,7 @@ import random
 import pytest
 import torch
 
-from lit_callbacks.rules import BestLossRatio, RobustRule, SixSigma, ZScore
+from lit_callbacks.rules import BestLossRatio, RobustRule, SixSigma, SpikeRule, Verdict, ZScore
 
 RULES = [BestLossRatio, RobustRule, SixSigma, ZScore]
 
@@ -86,6 +86,41 @@ def test_robust_on_a_healthy_descent_with_noise():
             anomalies += verdict.anomalous
             rule.keep(loss, norm, accepted=not verdict.anomalous)
         assert anomalies <= 4
+
+
+def test_robust_lets_losses_near_zero_have_a_long_tail():
+    """Those of a classifier that is nearly always right: a hundred times the median is nothing unusual."""
+    generator, rule, anomalies = random.Random(0), RobustRule(), 0
+    for _ in range(3000):
+        loss = math.exp(generator.gauss(-4, 1.5))
+        verdict = rule.judge(loss, math.exp(generator.gauss(0, 0.3)))
+        anomalies += verdict.anomalous
+        rule.keep(loss, 1.0, accepted=not verdict.anomalous)
+    assert anomalies < 15
+    assert rule.judge(1000.0, 1.0).reason == "loss"
+
+
+def test_robust_judges_no_loss_where_most_are_zero():
+    rule = fed(RobustRule(), [(0.0, 0.0)] * 40)
+    assert not rule.judge(0.5, 1e-6).anomalous
+    assert not fed(rule, [(0.0, 0.0), (0.3, 1.0)] * 10).judge(0.5, 2.0).anomalous
+
+
+def test_a_rule_of_ones_own_is_known_by_its_settings():
+    class Mine(SpikeRule):
+        def __init__(self, most):
+            self.most, self._memory = most, {}
+
+        def judge(self, loss, grad_norm):
+            return Verdict(loss > self.most, loss)
+
+        def keep(self, loss, grad_norm, accepted):
+            pass
+
+        def restart(self, values=()):
+            pass
+
+    assert repr(Mine(3.0)) == "Mine(most=3.0)"
 
 
 def test_six_sigma_rejects_what_the_original_rejects():

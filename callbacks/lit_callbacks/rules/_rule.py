@@ -32,6 +32,11 @@ class SpikeRule(ABC):
 
     _memory: dict[str, Any]
 
+    def __repr__(self) -> str:
+        # The settings alone, so that a resumed rule is known for the same; a dataclass has one like it.
+        settings = [f"{name}={value!r}" for name, value in vars(self).items() if not name.startswith("_")]
+        return f"{type(self).__name__}({', '.join(settings)})"
+
     @abstractmethod
     def judge(self, loss: float, grad_norm: float) -> Verdict:
         """Look, and change nothing."""

@@ -29,8 +29,9 @@ class LossSpikeRecovery(StepSkipper):
     before clipping, and a rule compares them with those of the last steps. What can be done about a bad step, mildest
     first:
 
-    1. *Skip* it, on all ranks. Weights, optimizer, buffers, metrics and random number generators stay as they were. Bad
-       batches end here. Samples whose loss is not finite are excluded, where the data module can do that.
+    1. *Skip* it, on all ranks. Weights, optimizer, buffers, metrics, the means of what was logged and random number
+       generators stay as they were. Bad batches end here. Samples whose loss is not finite are excluded, where the data
+       module can do that.
     2. *Roll back*. After three anomalies a batch from before shows whether it is the weights: they are damaged if it
        costs more now than it did then. They go back to a snapshot that was followed by clean steps; the data goes on,
        so what was seen in between is not seen again. Flipped bits, learning-rate faults and broken optimizer states end
@@ -58,7 +59,8 @@ class LossSpikeRecovery(StepSkipper):
 
     Args:
         rule: Judges each step, from :mod:`lit_callbacks.rules`; by default ``RobustRule()``.
-        patience: Anomalies, less two for each normal step, after which skipping is not enough.
+        patience: Anomalies, less two for each normal step, after which skipping is not enough; at least 3, as many as
+            it takes to look at the weights.
         snapshot_every_n_steps: Optimizer steps between snapshots.
         keep_snapshots: Snapshots to keep; fewer, or on disk, where host memory has no room for them.
         prove_steps: Clean steps that must follow a snapshot before it is trusted.
@@ -76,9 +78,10 @@ class LossSpikeRecovery(StepSkipper):
     State: the rule's memory, the open episode, the budget, the counters. Snapshots are not: a resumed run begins with
     the one of its checkpoint.
 
-    Cost: the gradient norm and one read by the host on every step; a copy of parameters and optimizer state every
-    ``snapshot_every_n_steps``, on a GPU into page-locked memory behind the step; the batches of a window are kept until
-    the next, and one for each snapshot.
+    Cost: the gradient norm and one read by the host on every step; a copy of trainable parameters and optimizer state
+    every ``snapshot_every_n_steps``, on a GPU into page-locked memory behind the step; the batches of a window are kept
+    until the next, and one for each snapshot. Frozen parameters are only copied if one of the first three snapshots
+    finds that they move, as a teacher's do.
 
     Example:
         >>> LossSpikeRecovery(patience=6).patience

@@ -13,6 +13,12 @@ from lit_callbacks._member import publish
 
 _LOG_EVERY = 50  # optimizer steps
 _ALERT_EVERY = 300  # seconds
+_OUT_OF_LINE = {
+    "loss": "the loss is out of line",
+    "gradient norm": "the gradient is out of line",
+    "loss and gradient norm": "loss and gradient are out of line",
+    "loss, often": "the loss is high for the third time in five steps",
+}
 _MANY, _ENOUGH = 0.02, 500  # share of skipped steps, and steps to take it of
 
 
@@ -126,16 +132,17 @@ def _sentence(action: Action, decision: Decision, event: dict[str, Any]) -> str:
 
 
 def _what(decision: Decision, event: dict[str, Any]) -> str:
+    shown = (("loss", "loss"), ("gradient norm", "grad_norm"))
+    numbers = [f"{name} {event[key]:.4g}" for name, key in shown if event.get(key) is not None]
+    score = decision.verdict.score
+    if math.isfinite(score):
+        numbers.append(f"score {score:.1f}")
+    if event.get("first_bad_rank") is not None:
+        numbers.append(f"first on rank {event['first_bad_rank']}")
+    if event.get("parameter"):
+        numbers.append(f"first in {event['parameter']}")
     reason = decision.verdict.reason
-    numbers = [
-        f"{name} {event[key]:.4g}" for name, key in (("loss", "loss"), ("gradient norm", "grad_norm")) if key in event
-    ]
-    where = "" if event.get("first_bad_rank") is None else f", first on rank {event['first_bad_rank']}"
-    parameter = f", first in {event['parameter']}" if event.get("parameter") else ""
-    if reason == NOT_FINITE:
-        return f"not finite: {', '.join(numbers)}{where}{parameter}"
-    score = "" if not math.isfinite(decision.verdict.score) else f", {decision.verdict.score:.1f} from normal"
-    return f"{reason}: {', '.join(numbers)}{score}" if numbers else reason
+    return f"{_OUT_OF_LINE.get(reason, reason)}: {', '.join(numbers)}"
 
 
 @rank_zero_only

@@ -17,6 +17,7 @@ def runs():
     sys.path.insert(0, str(BENCHMARKS))
     from fault_runs import POLICIES, faults_at, run
 
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     faults = faults_at(240)
     found = {"none": run(0, [], [])}
@@ -25,6 +26,7 @@ def runs():
             found[fault, policy] = run(0, POLICIES[policy](), faults[fault])
     found["NaN loss", "clip 1.0"] = run(0, [], faults["NaN loss"])
     found["healthy", "LossSpikeRecovery"] = run(0, POLICIES["LossSpikeRecovery"](), [])
+    torch.set_num_threads(threads)
     sys.path.remove(str(BENCHMARKS))
     return found
 

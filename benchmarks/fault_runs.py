@@ -22,7 +22,6 @@ from lit_callbacks.testing import Fault, FaultInjector
 from lit_transformer import LanguageModelingData, LitCausalLM, TransformerConfig, WarmupCosine
 
 LENGTH, BATCH = 64, 12
-BAD = 0.3  # nats above the loss of the undisturbed run on the same batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,9 +146,7 @@ def faults_at(step: int) -> dict[str, list[Fault]]:
     }
 
 
-def run(
-    seed: int, callbacks: list[Callback], faults: list[Fault], recipe: Recipe = Recipe(), clip: bool = True
-) -> Result:
+def run(seed: int, callbacks: list[Callback], faults: list[Fault], recipe: Recipe = Recipe()) -> Result:
     """Train once, and evaluate on held-out text."""
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

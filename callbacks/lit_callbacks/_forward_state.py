@@ -36,7 +36,7 @@ class ForwardState:
         if not _alike(self._buffers, live):  # at first, and where lazy modules or growing buffers changed their shape
             self._buffers = {place: buffer.clone() for place, buffer in live.items()}
         elif live:
-            torch._foreach_copy_(list(self._buffers.values()), list(live.values()))
+            torch._foreach_copy_([self._buffers[place] for place in live], list(live.values()))
         self._values = [values_of(metric) for metric in self._metrics]
         self._rng = rng_state(self._device)
 

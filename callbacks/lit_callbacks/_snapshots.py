@@ -45,7 +45,8 @@ class Snapshot:
         """Copy everything as it is now; on a GPU the copy runs behind the training step, in the order of the stream."""
         if not _same_shapes(self._saved, live):
             self._saved = _views(self._allocate(size_of(live)), live)
-        torch._foreach_copy_(list(self._saved.values()), list(live.values()), non_blocking=True)
+        # By name: an optimizer may keep the same state in another order.
+        torch._foreach_copy_([self._saved[name] for name in live], list(live.values()), non_blocking=True)
         self._values, self._rng = plain_values(trainer), rng_state(trainer.strategy.root_device)
         self.place, self.probe = place, None
 
@@ -59,11 +60,7 @@ class Snapshot:
         """Copy everything back, so that the snapshot can be restored again; the random numbers only if asked for."""
         restore(trainer, module, self._saved, self._values)
         if rng:
-            self.restore_rng(trainer)
-
-    def restore_rng(self, trainer: Trainer) -> None:
-        """Put the random number generators back."""
-        set_rng_state(self._rng, trainer.strategy.root_device)
+            set_rng_state(self._rng, trainer.strategy.root_device)
 
 
 class SnapshotRing:

@@ -275,3 +275,18 @@ def test_every_step_can_have_hooks_of_others_when_the_learning_rate_is_lowered(m
 
     fit(make_trainer, TinyLM, loader(n_samples=40), Late(), guard=guard)
     assert len(calls) == 10
+
+
+def test_the_order_in_which_an_optimizer_keeps_its_state_does_not_matter(make_trainer):
+    class Reorders(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 15:  # between two snapshots
+                state = trainer.optimizers[0].state
+                for parameter in list(state):
+                    state[parameter] = dict(reversed(state.pop(parameter).items()))
+
+    faults = [Fault("nan_weight", step=67)]  # the room of the first snapshot has been used again by then
+    final, history = fit(make_trainer, TinyLM, loader(n_samples=320), Reorders(), faults=faults)
+    assert history == [[67, "rollback"]]
+    good, _ = fit(make_trainer, TinyLM, loader(without=range(61, 68), n_samples=320), Reorders())
+    torch.testing.assert_close(final.lightning_module.state_dict(), good.lightning_module.state_dict(), rtol=0, atol=0)

@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
@@ -261,17 +261,30 @@ class LossSpikeRecovery(StepSkipper):
     ) -> None:
         """Do what has to wait until the step is over: pass over data, or stop."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        while self._hooks:
-            self._hooks.pop().remove()
+        self._remove_hooks()
         if self._stop is not None:
-            path = run_folder(trainer) / "last_good.ckpt" if self._restored else None
-            if path is not None:
-                self._ladder.state.rollbacks = []  # whoever goes on from here has changed something
-                trainer.save_checkpoint(path, weights_only=False)
-            raise DivergenceError(report.farewell(trainer, self._stop.verdict.reason, path, self.rewinder.culprit))
+            self._end(trainer, self._stop.verdict.reason)
         if self._jump and may_jump(trainer, batch_idx):
             n, self._jump = self._jump, 0
             self.events.write(step=trainer.global_step, event="jump", passed_over=jump(trainer, n))
+
+    def _end(self, trainer: Trainer, reason: str) -> NoReturn:
+        if not self._restored:
+            raise DivergenceError(report.farewell(trainer, reason, None, self.rewinder.culprit))
+        self._ladder.state.rollbacks = []  # whoever goes on from here has changed something
+        path = run_folder(trainer) / "last_good.ckpt"
+        try:
+            trainer.save_checkpoint(path, weights_only=False)
+        except OSError as error:
+            raise DivergenceError(
+                f"Stopped at step {trainer.global_step}: {reason}, and going back does not help. The weights in memory "
+                f"are good, but could not be saved: {error}. Go on from an earlier checkpoint."
+            ) from error
+        raise DivergenceError(report.farewell(trainer, reason, path, None))
+
+    def _remove_hooks(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the snapshots."""
@@ -281,6 +294,7 @@ class LossSpikeRecovery(StepSkipper):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the snapshots."""
         super().on_exception(trainer, pl_module, exception)
+        self._remove_hooks()
         self._rewinder = None
 
     def state_dict(self) -> dict[str, Any]:

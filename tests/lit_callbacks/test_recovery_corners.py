@@ -290,3 +290,32 @@ def test_the_order_in_which_an_optimizer_keeps_its_state_does_not_matter(make_tr
     assert history == [[67, "rollback"]]
     good, _ = fit(make_trainer, TinyLM, loader(without=range(61, 68), n_samples=320), Reorders())
     torch.testing.assert_close(final.lightning_module.state_dict(), good.lightning_module.state_dict(), rtol=0, atol=0)
+
+
+def test_a_last_checkpoint_that_cannot_be_written_does_not_hide_why_the_run_was_stopped(make_trainer, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    class Full(Callback):
+        def on_fit_start(self, trainer, pl_module):
+            monkeypatch.setattr(trainer, "save_checkpoint", full)
+
+    with pytest.raises(DivergenceError, match=r"not finite, and going back does not help.*No space left"):
+        fit(make_trainer, TinyLM, loader(n_samples=160), Full(), guard=recovery(max_rollbacks=1), faults=TWICE)
+
+
+def test_no_hook_stays_on_the_optimizer_after_an_exception(make_trainer):
+    guard = recovery()
+
+    class Break(Callback):
+        def on_fit_start(self, trainer, pl_module):
+            guard._ladder.state.lr_factor = 0.5
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.optimizer = optimizer
+            raise KeyError("broken")
+
+    broken = Break()
+    with pytest.raises(KeyError, match="broken"):
+        fit(make_trainer, TinyLM, loader(n_samples=40), broken, guard=guard)
+    assert not broken.optimizer._optimizer_step_post_hooks

@@ -153,6 +153,10 @@ class LossSpikeRecovery(StepSkipper):
         if self._rewinder is not None:
             self._rewinder.forget_batches()
 
+    def has_open_anomaly(self) -> bool:
+        """Whether an episode is open."""
+        return not self._ladder.quiet
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse company."""
         super().setup(trainer, pl_module, stage)

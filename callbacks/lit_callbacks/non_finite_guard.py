@@ -81,6 +81,10 @@ class NonFiniteGuard(StepSkipper):
         if self._counts["in_a_row"] >= self.patience:
             raise NonFiniteError(_message(event))
 
+    def has_open_anomaly(self) -> bool:
+        """Whether the last step was skipped."""
+        return self._counts["in_a_row"] > 0
+
     def state_dict(self) -> dict[str, Any]:
         """The counters."""
         return dict(self._counts)

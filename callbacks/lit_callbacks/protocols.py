@@ -46,3 +46,12 @@ class CanExclude(Protocol):
     def exclude(self, ids: Iterable[int]) -> None:
         """Never draw these samples again, also after a restart."""
         ...
+
+
+@runtime_checkable
+class HasOpenAnomaly(Protocol):
+    """A callback that knows of bad steps, and whether it is over them."""
+
+    def has_open_anomaly(self) -> bool:
+        """Whether what is in memory may be damaged. The same on all ranks."""
+        ...

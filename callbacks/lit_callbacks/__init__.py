@@ -6,6 +6,7 @@ from lit_callbacks._step_skipper import DivergenceError
 from lit_callbacks.activation_stats_monitor import ActivationStatsMonitor
 from lit_callbacks.adaptive_gradient_clipping import AdaptiveGradientClipping
 from lit_callbacks.attention_entropy_monitor import AttentionEntropyMonitor
+from lit_callbacks.checkpointing import CheckpointError
 from lit_callbacks.dead_neuron_detector import DeadNeuronDetector
 from lit_callbacks.gradient_norm_logger import GradientNormLogger
 from lit_callbacks.loss_curve import LossCurve
@@ -14,11 +15,13 @@ from lit_callbacks.non_finite_autopsy import NonFiniteAutopsy
 from lit_callbacks.non_finite_guard import NonFiniteError, NonFiniteGuard
 from lit_callbacks.parameter_stats_logger import ParameterStatsLogger
 from lit_callbacks.throughput_logger import ThroughputLogger
+from lit_callbacks.verified_checkpoint import VerifiedCheckpoint
 
 __all__ = [
     "ActivationStatsMonitor",
     "AdaptiveGradientClipping",
     "AttentionEntropyMonitor",
+    "CheckpointError",
     "DeadNeuronDetector",
     "DivergenceError",
     "GradientNormLogger",
@@ -30,5 +33,6 @@ __all__ = [
     "ParameterStatsLogger",
     "SetupError",
     "ThroughputLogger",
+    "VerifiedCheckpoint",
     "recommended",
 ]

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser
 
+from lit_transformer.commands.checkpoints import load_checkpoint, locate
 from lit_transformer.data import LanguageModelingData
 from lit_transformer.data.tokenizer import Tokenizer, from_json
 from lit_transformer.errors import UsageError
 from lit_transformer.nn import generate
 from lit_transformer.nn.generation import check_sampling
 from lit_transformer.run.config_errors import explain
-from lit_transformer.run.folder import RunFolder
-from lit_transformer.run.resume import load_checkpoint
 from lit_transformer.tasks import LitCausalLM
 
 
@@ -72,8 +71,7 @@ def _checkpoint_path(given: str | None, run: str | None, root: Path) -> Path:
     if given is None and run is None:
         raise UsageError("generate needs a checkpoint: --ckpt_path FILE, or --run NAME for the best one of a run")
     if given is None or given in ("best", "last"):
-        folder = RunFolder.resume(root, run)
-        return folder.last_checkpoint() if given == "last" else folder.best_checkpoint()
+        return locate(root, run, given or "best")
     return Path(given)
 
 

@@ -3,7 +3,6 @@
 import logging
 import re
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,23 +10,30 @@ import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
 import lit_callbacks
+from lit_transformer.commands.checkpoints import (
+    find_run,
+    load_checkpoint,
+    locate,
+    read_checkpoint,
+    resume_point,
+)
 from lit_transformer.errors import TrainingStopped, UsageError
 from lit_transformer.module import LitTransformer
 from lit_transformer.run.config_errors import explain
 from lit_transformer.run.config_files import with_config
 from lit_transformer.run.folder import RunFolder
-from lit_transformer.run.last_checkpoint import LastCheckpoint
 from lit_transformer.run.loggers import make_loggers
 from lit_transformer.run.precision import choose_precision
 from lit_transformer.run.predictions import PredictionsFile
 from lit_transformer.run.progress import RunProgress
 from lit_transformer.run.report import FitReport, metrics_table, resume_command
-from lit_transformer.run.resume import check_same_configuration, load_checkpoint
+from lit_transformer.run.resume import check_same_configuration
 from lit_transformer.run.saved_config import SavedConfig
 
 # A callback's top-level key: LossSpikeRecovery is loss_spike_recovery.
@@ -68,7 +74,7 @@ class TrainingCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            args=with_config(words),
+            args=with_config(words, find_run, read_checkpoint),
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
@@ -114,9 +120,11 @@ class TrainingCLI(LightningCLI):
             settings.trainer.precision, self.precision_reason = choose_precision(settings.trainer.accelerator)
         self.root = Path(settings.trainer.default_root_dir or "runs")
         if settings.ckpt_path in ("last", "best"):
-            self.run = RunFolder.resume(self.root, settings.run)
-            last = settings.ckpt_path == "last"
-            settings.ckpt_path = str(self.run.last_checkpoint() if last else self.run.best_checkpoint())
+            self.run = find_run(self.root, settings.run)
+            if self.subcommand == "fit" and settings.ckpt_path == "last":
+                settings.ckpt_path = self._go_on(self.run)
+            else:
+                settings.ckpt_path = str(locate(self.root, self.run.path.name, settings.ckpt_path))
         elif settings.ckpt_path is None and self.subcommand != "fit":
             raise UsageError(
                 f"{self.subcommand} needs a checkpoint: --ckpt_path FILE, or --ckpt_path best with --run NAME"
@@ -126,6 +134,15 @@ class TrainingCLI(LightningCLI):
             self.run = run if run.owns(settings.ckpt_path) else None
         if settings.ckpt_path is not None:
             self.checkpoint = load_checkpoint(Path(settings.ckpt_path))
+
+    def _go_on(self, run: RunFolder) -> str | None:
+        """The checkpoint that a run goes on from; None where it was killed before its first: it begins anew."""
+        point = resume_point(run)
+        if point is None:
+            _say(f"The run in {run.path} has saved nothing yet: it begins with step 0.")
+            return None
+        _say(point.describe())
+        return str(point.path)
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; what a constructor refuses is the user's to fix."""
@@ -179,7 +196,7 @@ class TrainingCLI(LightningCLI):
         """Make or reopen the run folder, and point everything that writes at it."""
         settings = self.settings
         self.run = run = self.run or RunFolder.create(self.root, settings.run)
-        resumed_at = None if self.checkpoint is None else int(self.checkpoint["global_step"])
+        resumed_at = 0 if self.checkpoint is None else int(self.checkpoint["global_step"])
         trainer["default_root_dir"] = str(run.path)
         trainer["logger"] = make_loggers(run, resumed_at, settings.wandb, settings.tensorboard, trainer["logger"])
         dumped = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, format="yaml"))[self.subcommand]
@@ -187,17 +204,10 @@ class TrainingCLI(LightningCLI):
         callbacks: list[Callback] = [LearningRateMonitor(), self.report, SavedConfig(run, dumped)]
         if trainer["enable_checkpointing"] is False:
             return callbacks
-        # Without version counters: after a resume Lightning would go on in last-v1.ckpt, and last.ckpt would be stale.
-        checkpoint = partial(ModelCheckpoint, run.checkpoints, enable_version_counter=False)
-        every_n_steps = settings.checkpoint_every_n_steps
-        callbacks += [
-            LastCheckpoint(run.checkpoints / "last.ckpt"),
-            checkpoint(
-                "{step}", monitor="step", mode="max", save_top_k=2, save_last=True, every_n_train_steps=every_n_steps
-            ),
-        ]
+        checkpoint = lit_callbacks.VerifiedCheckpoint
+        callbacks.append(checkpoint(run.checkpoints, "{step}", every_n_train_steps=settings.checkpoint_every_n_steps))
         if trainer["limit_val_batches"] != 0:
-            callbacks.append(checkpoint("best-{step}", monitor="val/loss"))
+            callbacks.append(checkpoint(run.checkpoints, "best-{step}", monitor="val/loss", save_top_k=1))
         return callbacks
 
     def after_fit(self) -> None:
@@ -230,6 +240,11 @@ def run_training_command(words: list[str]) -> None:
         commands = ", ".join([*LightningCLI.subcommands(), "generate"])
         raise UsageError(f"unknown command {words[0]}; the commands are {commands}")
     TrainingCLI(words)
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def _quieten() -> None:

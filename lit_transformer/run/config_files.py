@@ -2,13 +2,14 @@
 
 import atexit
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from lit_transformer.errors import UsageError
 from lit_transformer.run.folder import RunFolder
-from lit_transformer.run.resume import load_checkpoint
 
 _PACKAGE = Path(__file__).parent.parent
 _SHIPPED = (_PACKAGE / "configs", _PACKAGE.parent / "configs")  # installed; in a checkout
@@ -40,11 +41,20 @@ def find_config(name: str) -> str:
     raise UsageError(f"there is no configuration file {name}, and none of that name is shipped; shipped are: {names}")
 
 
-def with_config(words: list[str]) -> list[str]:
+def with_config(
+    words: list[str],
+    find_run: Callable[[Path, str | None], RunFolder],
+    read: Callable[[Path, str | None, str], dict[str, Any]],
+) -> list[str]:
     """The command line with every ``--config`` found, or with the one that applies when none is given.
 
     That is, for a run that goes on, the run's own; for the evaluation of a checkpoint, the one it was trained with;
     otherwise ``configs/default.yaml``.
+
+    Args:
+        words: The command line.
+        find_run: The run of a name, or without a name the newest.
+        read: The contents of a checkpoint, from the folder of all runs, the name of a run, and last, best or a file.
     """
     command, *rest = words
     if "-h" in rest or "--help" in rest:
@@ -57,29 +67,23 @@ def with_config(words: list[str]) -> list[str]:
             rest[i], given = f"--config={find_config(word.removeprefix('--config='))}", True
     if given:
         return [command, *rest]
-    return [command, "--config", str(_default_config(command, rest)), *rest]
-
-
-def _default_config(command: str, words: list[str]) -> str | Path:
     checkpoint, name = _value(words, "--ckpt_path"), _value(words, "--run")
     root = Path(_value(words, "--trainer.default_root_dir") or "runs")
-    if command == "fit" and checkpoint and name and (own := RunFolder(root / name)).owns(checkpoint):
-        return own.config
-    if checkpoint in ("last", "best"):
-        run = RunFolder.resume(root, name)
-        if command == "fit":
-            return run.config
-        checkpoint = str(run.last_checkpoint() if checkpoint == "last" else run.best_checkpoint())
+    config: str | Path = find_config("default")
     if checkpoint is not None and command != "fit":
-        return _config_of(Path(checkpoint))
-    return find_config("default")
+        config = _config_of(read(root, name, checkpoint), checkpoint)
+    elif checkpoint in ("last", "best"):
+        config = find_run(root, name).config
+    elif checkpoint and name and (own := RunFolder(root / name)).owns(checkpoint):
+        config = own.config
+    return [command, "--config", str(config), *rest]
 
 
-def _config_of(checkpoint: Path) -> Path:
+def _config_of(checkpoint: dict[str, Any], name: str) -> Path:
     """What to evaluate a checkpoint with: its model, data and precision, not its devices, limits or callbacks."""
-    config = load_checkpoint(checkpoint).get("config")
+    config = checkpoint.get("config")
     if config is None:
-        raise UsageError(f"{checkpoint} does not hold its configuration; give it by --config")
+        raise UsageError(f"{name} does not hold its configuration; give it by --config")
     kept = {key: config[key] for key in ("model", "data", "seed_everything")}
     kept["trainer"] = {"precision": config["trainer"]["precision"]}
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False, encoding="utf-8") as file:

@@ -62,24 +62,21 @@ class RunFolder:
         return cls(path)
 
     @classmethod
-    def resume(cls, root: Path, name: str | None) -> "RunFolder":
-        """The folder of an existing run; without a name, of the one whose checkpoint was written last.
+    def existing(cls, root: Path, name: str) -> "RunFolder":
+        """The folder of a run that has been started.
 
         Raises:
-            UsageError: If there is no such run, or it has no checkpoint.
+            UsageError: If there is no such run.
         """
-        if name is not None:
-            run = cls(root / name)
-            if not run.path.is_dir():
-                raise UsageError(f"there is no run to resume in {run.path}; {_existing(root)}")
-            run.last_checkpoint()
-            return run
-        files = [*root.glob("*/checkpoints/last.ckpt")]
-        if not files:
-            raise UsageError(
-                f"nothing to resume or evaluate: no run under {root} has a checkpoint; give one by --ckpt_path FILE"
-            )
-        return cls(max(files, key=lambda file: file.stat().st_mtime_ns).parent.parent)
+        run = cls(root / name)
+        if not run.config.is_file() and not run.checkpoints.is_dir():
+            raise UsageError(f"there is no run to resume in {run.path}; {_existing(root)}")
+        return run
+
+    @classmethod
+    def all(cls, root: Path) -> list["RunFolder"]:
+        """The folders of all runs."""
+        return [cls(path.parent) for path in sorted(root.glob("*/checkpoints"))]
 
     def owns(self, checkpoint: str) -> bool:
         """Whether a file lies in this folder: then a run that goes on from it goes on in place."""
@@ -90,22 +87,6 @@ class RunFolder:
         with contextlib.suppress(OSError):
             self.checkpoints.rmdir()
             self.path.rmdir()
-
-    def last_checkpoint(self) -> Path:
-        """The checkpoint a resume starts from."""
-        return self._checkpoint("last.ckpt")
-
-    def best_checkpoint(self) -> Path:
-        """The checkpoint with the lowest validation loss."""
-        return self._checkpoint("best*.ckpt")
-
-    def _checkpoint(self, pattern: str) -> Path:
-        found = sorted(self.checkpoints.glob(pattern), key=lambda file: file.stat().st_mtime_ns)
-        if not found:
-            raise UsageError(
-                f"the run in {self.path} has no checkpoint {pattern}; it may have ended before its first one"
-            )
-        return found[-1]
 
 
 def _free_path(root: Path) -> Path:

@@ -14,14 +14,12 @@ from lit_transformer.run.metrics_file import MetricsFile
 _WANDB_HOST = "api.wandb.ai"
 
 
-def make_loggers(
-    run: RunFolder, resumed_at: int | None, wandb: bool, tensorboard: bool, configured: Any
-) -> list[Logger]:
+def make_loggers(run: RunFolder, resumed_at: int, wandb: bool, tensorboard: bool, configured: Any) -> list[Logger]:
     """The metrics file, what the two switches ask for, and what the configuration lists itself.
 
     Args:
         run: The run's folder.
-        resumed_at: The step a resumed run starts from.
+        resumed_at: The step the run starts from.
         wandb: Log to W&B, as the same W&B run when a run is resumed.
         tensorboard: Log to TensorBoard.
         configured: ``trainer.logger`` of the configuration.

@@ -20,8 +20,7 @@ class MetricsFile(Logger):
 
     Args:
         path: The file.
-        resume_step: Drop the lines of this and later steps, which the resumed run writes again; None starts anew only
-            if there is no file.
+        resume_step: Drop the lines of this and later steps, which the resumed run writes again; None drops none.
 
     Cost: one write of the line per number, flushed once per call.
     """

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from lit_transformer.errors import UsageError
@@ -14,23 +13,6 @@ _MAY_CHANGE = {
     *("num_workers", "prefetch_factor", "persistent_workers", "pin_memory"),
     *("files", "val_files", "test_files", "cache_dir"),  # places; the data module compares the contents
 }
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's contents, on the CPU and without unpickling code.
-
-    Raises:
-        UsageError: If there is no such file, or it is not a readable checkpoint.
-    """
-    if not path.is_file():
-        raise UsageError(f"there is no checkpoint {path}; runs keep theirs in <run folder>/checkpoints")
-    try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UsageError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
-    if "state_dict" not in checkpoint:
-        raise UsageError(f"{path} is not a Lightning checkpoint: it has no state_dict")
-    return checkpoint
 
 
 def check_same_configuration(

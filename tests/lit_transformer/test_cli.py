@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 import torch
 import yaml
 
+from lit_callbacks.checkpointing import committed
+from lit_callbacks.checkpointing.manifest import manifest_path
 from lit_transformer.cli import main
 from lit_transformer.run.metrics_file import read_metrics
 
@@ -92,7 +95,7 @@ def test_a_run_leaves_everything_in_its_folder_and_says_where(cli):
         assert (run / name).is_file(), name
     for name in ("metrics.csv", "checkpoints/last.ckpt", "checkpoints/best-", "figures/loss_curve.png"):
         assert name in outcome.out, name
-    assert {p.name for p in (run / "checkpoints").iterdir()} >= {"last.ckpt", "step=8.ckpt", "step=16.ckpt"}
+    assert {p.name for p in (run / "checkpoints").iterdir()} >= {"last.ckpt", "step=16.ckpt", "step=20.ckpt"}
     assert not any(Path().glob("lightning_logs"))
 
     metrics = read_metrics(run / "metrics.csv")
@@ -149,11 +152,14 @@ def test_resuming_goes_on_in_place_and_equals_the_undisturbed_run(cli):
     cli("fit", "--config", "config.yaml", *no_dropout, "--run", "a")
     cli("fit", "--config", "config.yaml", *no_dropout, "--run", "b")
     # As after a crash at step 19: the newest checkpoint is that of step 16, metrics.csv knows more.
-    last = Path("runs/b/checkpoints/last.ckpt")
-    last.write_bytes(Path("runs/b/checkpoints/step=16.ckpt").read_bytes())
+    for path, manifest in committed(Path("runs/b/checkpoints")):
+        if manifest.step > 16:
+            path.unlink()
+            manifest_path(path).unlink()
     outcome = cli("fit", "--run", "b", "--ckpt_path", "last")
     assert outcome.code == 0
-    expected, resumed = weights("runs/a/checkpoints/last.ckpt"), weights(last)
+    assert "Going on from step 16, runs/b/checkpoints/step=16.ckpt." in outcome.out
+    expected, resumed = weights("runs/a/checkpoints/last.ckpt"), weights("runs/b/checkpoints/last.ckpt")
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
     metrics = [read_metrics(Path(f"runs/{run}/metrics.csv")) for run in "ab"]
     assert metrics[0].keys() == metrics[1].keys()
@@ -197,7 +203,7 @@ def test_evaluation_takes_the_checkpoints_configuration_and_flags_win(cli):
     assert by_run.code == 0
     best = min(value for _, value in read_metrics(Path("runs/a/metrics.csv"))["val/loss"])
     assert f"{best:.5f}" in by_run.out
-    checkpoint = next(Path("runs/a/checkpoints").glob("best*"))
+    checkpoint = next(Path("runs/a/checkpoints").glob("best*.ckpt"))
     moved = checkpoint.rename("somewhere.ckpt")
     tested = cli("test", "--ckpt_path", moved, "--data.init_args.batch_size", 2).out
     assert re.search(r"^test/loss +\d\.\d{5}$", tested, re.MULTILINE)
@@ -221,7 +227,7 @@ def test_predict_writes_a_score_per_block(cli):
 
 def test_predict_of_a_checkpoint_from_elsewhere_writes_where_runs_are(cli):
     cli("fit", "--config", "config.yaml", "--run", "a")
-    Path("runs/a/checkpoints/last.ckpt").rename("moved.ckpt")
+    shutil.copy("runs/a/checkpoints/last.ckpt", "moved.ckpt")
     outcome = cli("predict", "--ckpt_path", "moved.ckpt", "--trainer.default_root_dir", "elsewhere")
     assert "Predictions: elsewhere/predictions.csv" in outcome.out
     assert Path("elsewhere/predictions.csv").exists()
@@ -310,7 +316,7 @@ MISTAKES = {
     "too small corpus": (["--data.init_args.files", "small.txt"], "tokens"),
     "unknown configuration": (["--config", "defualt"], "there is no configuration file defualt"),
     "missing checkpoint": (["--ckpt_path", "nowhere.ckpt"], "there is no checkpoint nowhere.ckpt"),
-    "not a checkpoint": (["--ckpt_path", "text.txt"], "text.txt is not a readable checkpoint"),
+    "not a checkpoint": (["--ckpt_path", "text.txt"], "the checkpoint text.txt is torn, or is none"),
     "nothing to resume": (["--ckpt_path", "last"], "nothing to resume"),
     "no such run": (["--ckpt_path", "last", "--run", "x"], "no run to resume in runs/x"),
     "warm-up over the run": (

@@ -1,5 +1,6 @@
 """The files of a run: folder, metrics, configuration errors, precision, loggers."""
 
+import os
 import time
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
+from lit_callbacks.checkpointing.manifest import Manifest, contents
+from lit_transformer.commands.checkpoints import find_run, locate, resume_point
 from lit_transformer.errors import UsageError
 from lit_transformer.run.config_errors import explain
 from lit_transformer.run.folder import RunFolder
@@ -53,25 +56,46 @@ def test_several_processes_started_from_outside_need_a_name(tmp_path, monkeypatc
     RunFolder.create(tmp_path, "a")
 
 
-def test_resume_without_a_name_takes_the_run_that_was_written_last(tmp_path):
-    finished_run(tmp_path, "a")
-    time.sleep(0.01)
-    finished_run(tmp_path, "b")
-    time.sleep(0.01)
-    (tmp_path / "a" / "checkpoints" / "last.ckpt").write_text("newer")
-    assert RunFolder.resume(tmp_path, None).path.name == "a"
-    assert RunFolder.resume(tmp_path, "b").path.name == "b"
+def commit(run, step, saved_at, name="step"):
+    """A checkpoint with a manifest."""
+    path = run.checkpoints / f"{name}={step}.ckpt"
+    path.write_text(f"weights of step {step}")
+    environment = {"saved_at": saved_at}
+    manifest = Manifest(step, 0, 1, "run", "owner", float(-step), None, environment, contents(path))
+    manifest.write(path)
+    return path
+
+
+def test_without_a_name_it_is_the_run_that_saved_last_by_its_own_account(tmp_path):
+    first, second = finished_run(tmp_path, "a"), finished_run(tmp_path, "b")
+    commit(first, 5, saved_at=20.0)
+    os.utime(commit(second, 9, saved_at=10.0), (2e9, 2e9))  # a file from the future
+    assert find_run(tmp_path, None).path.name == "a"
+    assert find_run(tmp_path, "b").path.name == "b"
 
 
 def test_what_cannot_be_resumed_is_named(tmp_path):
     with pytest.raises(UsageError, match="nothing to resume or evaluate: no run under"):
-        RunFolder.resume(tmp_path, None)
-    finished_run(tmp_path, "a")
+        find_run(tmp_path, None)
+    run = finished_run(tmp_path, "a")
     with pytest.raises(UsageError, match=r"no run to resume in .*/x; the runs there are a"):
-        RunFolder.resume(tmp_path, "x")
-    (tmp_path / "a" / "checkpoints" / "last.ckpt").unlink()
-    with pytest.raises(UsageError, match=r"has no checkpoint last\.ckpt"):
-        RunFolder.resume(tmp_path, "a")
+        find_run(tmp_path, "x")
+    with pytest.raises(UsageError, match=r"none of them can be trusted.*\n.*last.ckpt: it has no manifest"):
+        resume_point(run)
+    (run.checkpoints / "last.ckpt").unlink()
+    assert resume_point(run) is None
+    with pytest.raises(UsageError, match=r"has no last checkpoint"):
+        locate(tmp_path, "a", "last")
+
+
+def test_the_best_checkpoint_that_verifies(tmp_path):
+    run = finished_run(tmp_path, "a")
+    commit(run, 7, 0.0)
+    older, best = commit(run, 5, 0.0, "best-step"), commit(run, 6, 0.0, "best-step")
+    assert locate(tmp_path, "a", "best") == best
+    best.write_text("other weights")
+    assert locate(tmp_path, "a", "best") == older
+    assert locate(tmp_path, "a", "last").name == "step=7.ckpt"
 
 
 def test_an_empty_run_is_removed_and_one_with_anything_in_it_is_not(tmp_path):

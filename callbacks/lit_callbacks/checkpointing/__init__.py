@@ -1,8 +1,18 @@
 """Checkpoints that are whole, verified, and found again."""
 
 from lit_callbacks.checkpointing._errors import CheckpointError
-from lit_callbacks.checkpointing.atomic_checkpoint_io import AtomicCheckpointIO
+from lit_callbacks.checkpointing.atomic_checkpoint_io import AtomicCheckpointIO, load_verified
 from lit_callbacks.checkpointing.manifest import Manifest, verify
 from lit_callbacks.checkpointing.resume import ResumePoint, newest_checkpoint
+from lit_callbacks.checkpointing.shelf import committed
 
-__all__ = ["AtomicCheckpointIO", "CheckpointError", "Manifest", "ResumePoint", "newest_checkpoint", "verify"]
+__all__ = [
+    "AtomicCheckpointIO",
+    "CheckpointError",
+    "Manifest",
+    "ResumePoint",
+    "committed",
+    "load_verified",
+    "newest_checkpoint",
+    "verify",
+]

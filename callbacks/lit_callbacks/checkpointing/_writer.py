@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import platform
 import shutil
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -149,6 +150,7 @@ def environment(trainer: Trainer) -> dict[str, Any]:
         "world_size": trainer.world_size,
         "precision": str(trainer.precision),
         "device": trainer.strategy.root_device.type,
+        "saved_at": time.time(),  # for people, and to tell runs apart; which checkpoint is newer does not hang on it
     }
 
 

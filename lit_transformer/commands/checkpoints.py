@@ -1,0 +1,92 @@
+"""Which run, and which of its checkpoints, does a command mean?"""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from lit_callbacks import CheckpointError
+from lit_callbacks.checkpointing import ResumePoint, committed, load_verified, newest_checkpoint, verify
+from lit_callbacks.markers import last_beat
+from lit_transformer.errors import UsageError
+from lit_transformer.run.folder import RunFolder
+
+_NOTHING = "nothing to resume or evaluate: no run under {} has a checkpoint; give one by --ckpt_path FILE"
+
+
+def find_run(root: Path, name: str | None) -> RunFolder:
+    """The run of that name; without a name, the one that saved a checkpoint last.
+
+    Raises:
+        UsageError: If there is no such run.
+    """
+    if name is not None:
+        return RunFolder.existing(root, name)
+    newest = max(((saved_at, run.path) for run in RunFolder.all(root) if (saved_at := _saved_at(run))), default=None)
+    if newest is None:
+        raise UsageError(_NOTHING.format(root))
+    return RunFolder(newest[1])
+
+
+def resume_point(run: RunFolder) -> ResumePoint | None:
+    """The newest checkpoint of a run that verifies; None if it has never saved any.
+
+    Raises:
+        UsageError: If it has checkpoints, and none of them can be trusted.
+    """
+    try:
+        return newest_checkpoint([run.checkpoints], last_beat(run.path))
+    except CheckpointError as error:
+        raise UsageError(str(error)) from None
+
+
+def locate(root: Path, name: str | None, which: str) -> Path:
+    """The checkpoint that ``last`` or ``best`` means, for a command that evaluates.
+
+    Raises:
+        UsageError: If there is none.
+    """
+    run = find_run(root, name)
+    if which == "last" and (point := resume_point(run)) is not None:
+        return point.path
+    if which == "best" and (best := _best(run)) is not None:
+        return best
+    raise UsageError(f"the run in {run.path} has no {which} checkpoint; it may have ended before its first one")
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's contents, verified, on the CPU and without unpickling code.
+
+    Raises:
+        UsageError: If there is no such file, or it cannot be trusted.
+    """
+    try:
+        checkpoint = load_verified(path)
+    except CheckpointError as error:
+        raise UsageError(str(error)) from None
+    if "state_dict" not in checkpoint:
+        raise UsageError(f"{path} is not a Lightning checkpoint: it has no state_dict")
+    return checkpoint
+
+
+def read_checkpoint(root: Path, name: str | None, which: str) -> dict[str, Any]:
+    """The contents of a file, or of what ``last`` or ``best`` means."""
+    return load_checkpoint(locate(root, name, which) if which in ("last", "best") else Path(which))
+
+
+def _best(run: RunFolder) -> Path | None:
+    """The checkpoint with the lowest validation loss, of those that verify."""
+    scores = {
+        kept.path: kept.manifest.score
+        for kept in committed(run.checkpoints)
+        if kept.path.name.startswith("best") and kept.manifest.score is not None
+    }
+    for path in sorted(scores, key=scores.__getitem__):
+        with contextlib.suppress(CheckpointError):
+            verify(path)
+            return path
+    return None
+
+
+def _saved_at(run: RunFolder) -> float:
+    """When a run saved its newest checkpoint, by what it wrote down itself; 0 if it never did."""
+    return max((float(kept.manifest.environment["saved_at"]) for kept in committed(run.checkpoints)), default=0.0)

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from lit_callbacks._errors import SetupError
 from lit_callbacks._events import EventLog, run_folder, say
-from lit_callbacks._markers import last_beat, mark_finished
+from lit_callbacks.markers import last_beat, mark_finished
 from lit_callbacks.checkpointing import _writer
 from lit_callbacks.checkpointing._durable import remove_leftovers
 from lit_callbacks.checkpointing._errors import CheckpointError
 from lit_callbacks.checkpointing._health import any_rank, non_finite_tensors, open_anomaly
 from lit_callbacks.checkpointing._rehearsal import rehearse
 from lit_callbacks.checkpointing._schedule import SaveSchedule
-from lit_callbacks.checkpointing._shelf import committed, free_name, is_whole, link_last, prune, ranked
+from lit_callbacks.checkpointing.shelf import committed, free_name, is_whole, link_last, prune, ranked
 from lit_callbacks.checkpointing.atomic_checkpoint_io import local, remove
 from lit_callbacks.checkpointing.manifest import Manifest
 from lit_callbacks.checkpointing.resume import newest_checkpoint

@@ -8,6 +8,7 @@ from lit_callbacks.adaptive_gradient_clipping import AdaptiveGradientClipping
 from lit_callbacks.attention_entropy_monitor import AttentionEntropyMonitor
 from lit_callbacks.checkpointing import CheckpointError
 from lit_callbacks.dead_neuron_detector import DeadNeuronDetector
+from lit_callbacks.exact_resume import ExactResume
 from lit_callbacks.gradient_norm_logger import GradientNormLogger
 from lit_callbacks.loss_curve import LossCurve
 from lit_callbacks.loss_spike_recovery import LossSpikeRecovery
@@ -24,6 +25,7 @@ __all__ = [
     "CheckpointError",
     "DeadNeuronDetector",
     "DivergenceError",
+    "ExactResume",
     "GradientNormLogger",
     "LossCurve",
     "LossSpikeRecovery",

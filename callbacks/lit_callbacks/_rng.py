@@ -33,3 +33,21 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
         torch.get_device_module(device).set_rng_state(state["device"], device)
     if "numpy" in state:
         sys.modules["numpy"].random.set_state(state["numpy"])
+
+
+def plain_rng(state: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`rng_state` returned as data that loads with ``weights_only=True``: numpy's array becomes a list."""
+    plain = dict(state)
+    if "numpy" in plain:
+        name, keys, *rest = plain["numpy"]
+        plain["numpy"] = [name, keys.tolist(), *rest]
+    return plain
+
+
+def rng_state_of(plain: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`set_rng_state` takes, from what :func:`plain_rng` returned."""
+    state = dict(plain)
+    for name in ("torch", "device"):
+        if name in state:
+            state[name] = state[name].cpu()
+    return {key: tuple(value) if key == "numpy" else value for key, value in state.items()}

@@ -1,6 +1,6 @@
 """What a data module may offer. Structural: have the method, and the callbacks use it; no import is needed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 
@@ -54,4 +54,21 @@ class HasOpenAnomaly(Protocol):
 
     def has_open_anomaly(self) -> bool:
         """Whether what is in memory may be damaged. The same on all ranks."""
+        ...
+
+
+@runtime_checkable
+class HasFingerprint(Protocol):
+    """Knows what its samples and their order hang on, so that a run does not go on with others unnoticed.
+
+    Example:
+        >>> class Data:
+        ...     def fingerprint(self):
+        ...         return {"seed": 0, "block_size": 256}
+        >>> isinstance(Data(), HasFingerprint)
+        True
+    """
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """Plain values, equal if and only if the same place in the data means the same sample; after setup."""
         ...

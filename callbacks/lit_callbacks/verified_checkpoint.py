@@ -14,17 +14,17 @@ from torch import Tensor
 
 from lit_callbacks._errors import SetupError
 from lit_callbacks._events import EventLog, run_folder, say
-from lit_callbacks.markers import last_beat, mark_finished
 from lit_callbacks.checkpointing import _writer
 from lit_callbacks.checkpointing._durable import remove_leftovers
 from lit_callbacks.checkpointing._errors import CheckpointError
 from lit_callbacks.checkpointing._health import any_rank, non_finite_tensors, open_anomaly
 from lit_callbacks.checkpointing._rehearsal import rehearse
 from lit_callbacks.checkpointing._schedule import SaveSchedule
-from lit_callbacks.checkpointing.shelf import committed, free_name, is_whole, link_last, prune, ranked
 from lit_callbacks.checkpointing.atomic_checkpoint_io import local, remove
 from lit_callbacks.checkpointing.manifest import Manifest
 from lit_callbacks.checkpointing.resume import newest_checkpoint
+from lit_callbacks.checkpointing.shelf import committed, free_name, is_whole, link_last, prune, ranked
+from lit_callbacks.markers import last_beat, mark_finished
 
 _BOOKS = (
     "best_k_models",
@@ -217,14 +217,17 @@ class VerifiedCheckpoint(SaveSchedule):
     # ---- end of training
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the end of the run, and say that it has come to its end."""
+        """Save the end of the run."""
         if _is_trial(trainer):
             return
         if self.monitor == "step" and self._last_global_step_saved != trainer.global_step:
             self._want(trainer)
         self._save_wanted(trainer, at_last=True)
         self._settle(trainer)
-        if self._is_first(trainer):
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say that the run has come to its end; also one that was killed when only this was left to do."""
+        if not _is_trial(trainer) and self._is_first(trainer):
             mark_finished(trainer, trainer.global_step)
 
     def save_now(self, trainer: Trainer, validation_pending: bool = False) -> str | None:

@@ -62,6 +62,11 @@ class ResumableData(LightningDataModule):
         self._require_setup()
         self._stream.exclude(ids)
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what a position and sample ids refer to; after setup."""
+        self._require_setup()
+        return self._meaning()
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the stream, the excluded samples, and what they refer to, as plain types."""
         self._require_setup()

@@ -9,6 +9,7 @@ from lit_callbacks.attention_entropy_monitor import AttentionEntropyMonitor
 from lit_callbacks.checkpointing import CheckpointError
 from lit_callbacks.dead_neuron_detector import DeadNeuronDetector
 from lit_callbacks.exact_resume import ExactResume
+from lit_callbacks.graceful_shutdown import GracefulExit, GracefulShutdown
 from lit_callbacks.gradient_norm_logger import GradientNormLogger
 from lit_callbacks.loss_curve import LossCurve
 from lit_callbacks.loss_spike_recovery import LossSpikeRecovery
@@ -26,6 +27,8 @@ __all__ = [
     "DeadNeuronDetector",
     "DivergenceError",
     "ExactResume",
+    "GracefulExit",
+    "GracefulShutdown",
     "GradientNormLogger",
     "LossCurve",
     "LossSpikeRecovery",

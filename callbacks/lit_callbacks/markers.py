@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from lit_callbacks._events import run_folder
 
 FINISHED = "finished.json"
+STOPPED = "stopped.json"
 HEARTBEAT = "heartbeat.json"
 
 
@@ -25,6 +26,11 @@ def mark_finished(trainer: Trainer, step: int | None) -> None:
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"step": step, "epoch": trainer.current_epoch}) + "\n", encoding="utf-8")
+
+
+def clear(folder: Path, marker: str) -> None:
+    """Take a marker away."""
+    (folder / marker).unlink(missing_ok=True)
 
 
 def finished(folder: Path) -> bool:

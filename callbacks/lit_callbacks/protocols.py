@@ -72,3 +72,16 @@ class HasFingerprint(Protocol):
     def fingerprint(self) -> Mapping[str, Any]:
         """Plain values, equal if and only if the same place in the data means the same sample; after setup."""
         ...
+
+
+@runtime_checkable
+class CanSaveNow(Protocol):
+    """A checkpoint callback that can be asked for a checkpoint."""
+
+    def save_now(self, trainer: Any, place: str = "between_steps") -> str | None:
+        """Save the state as it is, on all ranks together; the path, or None where it is not fit to be saved.
+
+        ``place`` is where training stands: ``between_steps``, ``epoch_start``, or ``validation``, in front of or inside
+        a validation that is to be done when the run goes on.
+        """
+        ...

@@ -230,18 +230,18 @@ class VerifiedCheckpoint(SaveSchedule):
         if not _is_trial(trainer) and self._is_first(trainer):
             mark_finished(trainer, trainer.global_step)
 
-    def save_now(self, trainer: Trainer, validation_pending: bool = False) -> str | None:
+    def save_now(self, trainer: Trainer, place: _writer.Place = "between_steps") -> str | None:
         """Save at once, because training stops here. All ranks together.
 
         Args:
             trainer: The trainer.
-            validation_pending: Whether a validation is under way or due, to be run when the run goes on.
+            place: Where training stands.
 
         Returns:
             The checkpoint; None if there is no state that could be kept.
         """
         if self._last_global_step_saved != trainer.global_step:
-            self._place = "validation" if validation_pending else "between_steps"
+            self._place = place
             self._want(trainer)
             self._save_wanted(trainer, at_last=True)
             self._place = "between_steps"

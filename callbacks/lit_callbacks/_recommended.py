@@ -5,6 +5,7 @@ from lightning.pytorch import Callback
 from lit_callbacks.activation_stats_monitor import ActivationStatsMonitor
 from lit_callbacks.attention_entropy_monitor import AttentionEntropyMonitor
 from lit_callbacks.dead_neuron_detector import DeadNeuronDetector
+from lit_callbacks.exact_resume import ExactResume
 from lit_callbacks.gradient_norm_logger import GradientNormLogger
 from lit_callbacks.loss_curve import LossCurve
 from lit_callbacks.loss_spike_recovery import LossSpikeRecovery
@@ -30,4 +31,5 @@ def recommended() -> list[Callback]:
         LossCurve(),
         NonFiniteAutopsy(),
         LossSpikeRecovery(),
+        ExactResume(),
     ]

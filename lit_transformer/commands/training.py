@@ -29,6 +29,7 @@ from lit_transformer.run.config_errors import explain
 from lit_transformer.run.config_files import with_config
 from lit_transformer.run.folder import RunFolder
 from lit_transformer.run.loggers import make_loggers
+from lit_transformer.run.metrics_file import MetricsFile
 from lit_transformer.run.precision import choose_precision
 from lit_transformer.run.predictions import PredictionsFile
 from lit_transformer.run.progress import RunProgress
@@ -99,6 +100,10 @@ class TrainingCLI(LightningCLI):
         for key, callback in _DEFAULT_CALLBACKS.items():
             default = {"class_path": f"lit_callbacks.{callback.__name__}"}
             add(f"--{key}", type=callback | None, default=default, help="On by default; null leaves it out.")
+        if self.command == "fit":
+            shutdown = lit_callbacks.GracefulShutdown
+            default = {"class_path": f"lit_callbacks.{shutdown.__name__}"}
+            add("--graceful_shutdown", type=shutdown | None, default=default, help="On by default; null leaves it out.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the words that were given; Lightning warns when the process has words of its own as well."""
@@ -161,12 +166,12 @@ class TrainingCLI(LightningCLI):
         except lit_callbacks.DivergenceError as error:
             how = "" if self.run is None else resume_command(self.run, self.root, str(self.run.last_good))
             raise TrainingStopped(f"{error}\n  {how}".rstrip()) from error
-        except SystemExit:
-            if not self.trainer.interrupted:
-                raise
-            if self.run is not None and subcommand == "fit":
-                print(f"Stopped at step {self.trainer.global_step}. To go on:\n  {resume_command(self.run, self.root)}")
-            raise KeyboardInterrupt from None
+        except SystemExit as error:
+            if self.trainer.interrupted and self.run is not None and subcommand == "fit":
+                _say(f"Stopped at step {self.trainer.global_step}. To go on:\n  {resume_command(self.run, self.root)}")
+            if self.trainer.interrupted and error.code == 1:  # Lightning's, for a KeyboardInterrupt
+                raise KeyboardInterrupt from None
+            raise
         finally:
             if self.run is not None:
                 self.run.remove_if_empty()
@@ -180,6 +185,9 @@ class TrainingCLI(LightningCLI):
         trainer = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         callbacks = [self._get(self.config_init, key) for key in _DEFAULT_CALLBACKS]
         callbacks = [callback for callback in callbacks if callback is not None]
+        for callback in callbacks:
+            if isinstance(callback, lit_callbacks.ExactResume):
+                callback.allow_changes |= self.settings.allow_config_change
         if self.subcommand == "fit" and not trainer["fast_dev_run"]:
             callbacks += self._prepare_run(trainer)
         else:
@@ -196,9 +204,11 @@ class TrainingCLI(LightningCLI):
         """Make or reopen the run folder, and point everything that writes at it."""
         settings = self.settings
         self.run = run = self.run or RunFolder.create(self.root, settings.run)
-        resumed_at = 0 if self.checkpoint is None else int(self.checkpoint["global_step"])
+        resumed = self.checkpoint or {"global_step": 0}
+        pending = (resumed.get("exact_resume") or {}).get("pending")
         trainer["default_root_dir"] = str(run.path)
-        trainer["logger"] = make_loggers(run, resumed_at, settings.wandb, settings.tensorboard, trainer["logger"])
+        metrics = MetricsFile(run.metrics, resumed["global_step"], pending)
+        trainer["logger"] = make_loggers(run, metrics, settings.wandb, settings.tensorboard, trainer["logger"])
         dumped = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, format="yaml"))[self.subcommand]
         self.report = FitReport(run, f"{settings.trainer.precision} ({self.precision_reason})")
         callbacks: list[Callback] = [LearningRateMonitor(), self.report, SavedConfig(run, dumped)]
@@ -206,6 +216,8 @@ class TrainingCLI(LightningCLI):
             return callbacks
         checkpoint = lit_callbacks.VerifiedCheckpoint
         callbacks.append(checkpoint(run.checkpoints, "{step}", every_n_train_steps=settings.checkpoint_every_n_steps))
+        if (shutdown := self._get(self.config_init, "graceful_shutdown")) is not None:
+            callbacks.append(shutdown)
         if trainer["limit_val_batches"] != 0:
             callbacks.append(checkpoint(run.checkpoints, "best-{step}", monitor="val/loss", save_top_k=1))
         return callbacks

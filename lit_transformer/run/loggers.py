@@ -14,12 +14,12 @@ from lit_transformer.run.metrics_file import MetricsFile
 _WANDB_HOST = "api.wandb.ai"
 
 
-def make_loggers(run: RunFolder, resumed_at: int, wandb: bool, tensorboard: bool, configured: Any) -> list[Logger]:
+def make_loggers(run: RunFolder, metrics: MetricsFile, wandb: bool, tensorboard: bool, configured: Any) -> list[Logger]:
     """The metrics file, what the two switches ask for, and what the configuration lists itself.
 
     Args:
         run: The run's folder.
-        resumed_at: The step the run starts from.
+        metrics: The metrics file.
         wandb: Log to W&B, as the same W&B run when a run is resumed.
         tensorboard: Log to TensorBoard.
         configured: ``trainer.logger`` of the configuration.
@@ -27,7 +27,7 @@ def make_loggers(run: RunFolder, resumed_at: int, wandb: bool, tensorboard: bool
     Raises:
         UsageError: If TensorBoard is asked for and not installed.
     """
-    loggers: list[Logger] = [MetricsFile(run.metrics, resumed_at)]
+    loggers: list[Logger] = [metrics]
     if wandb:
         loggers.append(_wandb(run))
     if tensorboard:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
-from lightning_utilities.core.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 
 _HEADER = ["step", "key", "value"]
 
@@ -20,16 +20,19 @@ class MetricsFile(Logger):
 
     Args:
         path: The file.
+        pending: A row of an earlier step that the resumed run logs again, ``{"step": …, "metrics": …}``, because it may
+            not have come so far.
         resume_step: Drop the lines of this and later steps, which the resumed run writes again; None drops none.
 
     Cost: one write of the line per number, flushed once per call.
     """
 
-    def __init__(self, path: Path, resume_step: int | None = None) -> None:
+    def __init__(self, path: Path, resume_step: int | None = None, pending: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.path = path
+        self._warned = False
         if resume_step is not None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            cut_back(path, resume_step)
+            cut_back(path, resume_step, pending)
 
     @property
     def name(self) -> str:
@@ -49,12 +52,15 @@ class MetricsFile(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append one line per metric."""
-        new = not self.path.exists()
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(_HEADER)
-            writer.writerows([step, key, f"{float(value):.8g}"] for key, value in metrics.items() if key != "epoch")
+        rows = [[step, key, f"{float(value):.8g}"] for key, value in metrics.items() if key != "epoch"]
+        try:
+            new = not self.path.exists()
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([_HEADER, *rows] if new else rows)
+        except OSError as error:
+            if not self._warned:
+                rank_zero_warn(f"Metrics are not being written down: {error}. Training goes on.")
+            self._warned = True
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the run folder has the whole configuration."""
@@ -70,13 +76,14 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
     return series
 
 
-def cut_back(path: Path, step: int) -> None:
-    """Drop every line of ``step`` and later, and a torn last line; the file is replaced in one move."""
+def cut_back(path: Path, step: int, pending: Mapping[str, Any] | None = None) -> None:
+    """Drop the lines of ``step`` and later, of a pending row, and a torn last line; the file is replaced at once."""
     if not path.exists():
         return
     with path.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.reader(file) if len(row) == len(_HEADER)]
-    kept = [row for row in rows if row == _HEADER or int(row[0]) < step]
+    again = set() if pending is None else {(str(pending["step"]), key) for key in pending["metrics"]}
+    kept = [row for row in rows if row == _HEADER or (int(row[0]) < step and (row[0], row[1]) not in again)]
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(kept)

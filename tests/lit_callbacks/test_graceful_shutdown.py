@@ -204,7 +204,7 @@ class Here(Callback):
 
 torch.set_num_threads(1)
 trainer = make_trainer(max_steps=10**6, enable_checkpointing=True, default_root_dir={folder!r},
-    callbacks=[GracefulShutdown(grace_seconds={grace}), Here(), VerifiedCheckpoint({folder!r}, every_n_train_steps=10**5)])
+    callbacks=[GracefulShutdown(None, {grace}), Here(), VerifiedCheckpoint({folder!r}, every_n_train_steps=10**5)])
 trainer.fit(TinyLM(), loader())
 """
 

@@ -196,13 +196,13 @@ def test_the_same_wandb_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = RunFolder.create(tmp_path, "a")
-    first = make_loggers(run, None, wandb=True, tensorboard=False, configured=None)[1]
-    second = make_loggers(run, 5, wandb=True, tensorboard=False, configured=None)[1]
+    first = make_loggers(run, MetricsFile(run.metrics), wandb=True, tensorboard=False, configured=None)[1]
+    second = make_loggers(run, MetricsFile(run.metrics, 5), wandb=True, tensorboard=False, configured=None)[1]
     assert first.version == second.version == run.wandb_id.read_text()
 
 
 def test_loggers_of_the_configuration_come_after_ours(tmp_path):
     run, own = RunFolder.create(tmp_path, "a"), MetricsFile(Path("own.csv"))
-    assert make_loggers(run, None, wandb=False, tensorboard=False, configured=own)[1:] == [own]
-    assert make_loggers(run, None, wandb=False, tensorboard=False, configured=[own])[1:] == [own]
-    assert len(make_loggers(run, None, wandb=False, tensorboard=False, configured=None)) == 1
+    assert make_loggers(run, MetricsFile(run.metrics), wandb=False, tensorboard=False, configured=own)[1:] == [own]
+    assert make_loggers(run, MetricsFile(run.metrics), wandb=False, tensorboard=False, configured=[own])[1:] == [own]
+    assert len(make_loggers(run, MetricsFile(run.metrics), wandb=False, tensorboard=False, configured=None)) == 1

@@ -1,11 +1,13 @@
 """Chaos: a run is killed with SIGKILL again and again until it finishes, and must equal the run that was not.
 
-The run is `cli.py fit` of a small language model with dropout, all default callbacks, a validation in the middle of each
-epoch, and a checkpoint every 10 steps. A supervisor starts it again with `--ckpt_path last` after every kill. Kills come
+The run is `cli.py fit` of a small language model with dropout, all default callbacks, validations in the middle of
+epochs, and a checkpoint every 10 steps. A supervisor starts it again with `--ckpt_path last` after every kill. Kills
+come
 
-- at instrumented points: in the middle of writing a checkpoint, after it was synced, after it was renamed and before its
-  manifest, after its manifest and before older ones are deleted, between the two halves of a deletion, in a validation,
-  at the start and at the end of an epoch, in the backward pass, in the middle of a line of metrics.csv;
+- at instrumented points: in the middle of writing a checkpoint, after it was synced, after it was renamed and before
+  its manifest, after its manifest and before older ones are deleted, between the two halves of a deletion, in the
+  rehearsal, in a validation, at the start and at the end of an epoch, in the backward pass, in the middle of a line of
+  metrics.csv;
 - at random moments of the process's life, setting up and resuming included.
 
 Compared with an undisturbed run, bit for bit: weights, optimizer and scheduler state, every line of metrics.csv but for
@@ -25,7 +27,6 @@ import math
 import multiprocessing
 import os
 import random
-import re
 import shutil
 import signal
 import sys
@@ -37,22 +38,21 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-import lit_transformer.commands.training  # for the fork server
-from lit_callbacks.checkpointing import atomic_checkpoint_io, newest_checkpoint
+import lit_transformer.commands.training  # noqa: F401 - the fork server imports it once
+from lit_callbacks.checkpointing import newest_checkpoint
 from lit_callbacks.markers import finished
 from lit_transformer.cli import main as cli
 from lit_transformer.run.metrics_file import MetricsFile
 
 STEPS, EVERY = 60, 10
-ARGUMENTS = [
-    "--config", "default", "--trainer.max_steps", STEPS, "--trainer.precision", "32-true", "--trainer.accelerator", "cpu",
-    "--trainer.limit_train_batches", 16, "--trainer.val_check_interval", 6, "--trainer.limit_val_batches", 2,
-    "--trainer.num_sanity_val_steps", 1, "--trainer.log_every_n_steps", 1, "--trainer.accumulate_grad_batches", 1,
-    "--checkpoint_every_n_steps", EVERY, "--loss_curve", "null",
-    "--model.init_args.config.d_model", 16, "--model.init_args.config.n_layers", 2, "--model.init_args.config.n_heads", 2,
-    "--model.init_args.config.ffn_dropout", 0.1, "--model.init_args.config.attention_dropout", 0.1,
-    "--data.init_args.block_size", 32, "--data.init_args.batch_size", 4,
-]  # fmt: skip
+ARGUMENTS = """
+    --config default --trainer.precision 32-true --trainer.accelerator cpu --trainer.enable_progress_bar false
+    --trainer.max_steps {steps} --trainer.limit_train_batches 16 --trainer.val_check_interval 6
+    --trainer.limit_val_batches 2 --trainer.num_sanity_val_steps 1 --trainer.log_every_n_steps 1
+    --checkpoint_every_n_steps {every} --loss_curve null --data.init_args.block_size 32 --data.init_args.batch_size 4
+    --model.init_args.config.d_model 16 --model.init_args.config.n_layers 2 --model.init_args.config.n_heads 2
+    --model.init_args.config.ffn_dropout 0.1 --model.init_args.config.attention_dropout 0.1
+"""
 POINTS = (
     "writing", "synced", "renamed", "committed", "deleting", "validation", "validation_end", "epoch_start", "epoch_end",
     "backward", "batch_end", "logging", "rehearsal", "restored",
@@ -167,12 +167,12 @@ def attempt(folder: Path, workers: int, resume: bool, point: str, after: int, tm
     os.environ.pop("LIT_TRANSFORMER_RUN", None)
     if tmpdir:
         os.environ["TMPDIR"] = tempfile.tempdir = tmpdir
-    output = (folder / "output.txt").open("a", encoding="utf-8", buffering=1)  # noqa: SIM115
+    output = (folder / "output.txt").open("a", encoding="utf-8", buffering=1)
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     torch.set_num_threads(1)
     instrument(point, after)
-    words = [str(word) for word in [*ARGUMENTS, "--data.init_args.num_workers", workers]]
+    words = [*ARGUMENTS.format(steps=STEPS, every=EVERY).split(), "--data.init_args.num_workers", str(workers)]
     words += ["--trainer.callbacks", json.dumps([{"class_path": "chaos.Recorder"}]), "--run", "chaos"]
     cli(["fit", *words, *(["--ckpt_path", "last"] if resume else [])])
 
@@ -194,7 +194,7 @@ def supervise(
         process = context.Process(target=attempt, args=(folder, workers, run.exists(), point, after, tmpdir))
         started = time.monotonic()
         process.start()
-        process.join(draw.uniform(0, 1) * seconds if point == "random" else 300)
+        process.join(draw.uniform(0, 1) * seconds if point == "random" else 60)
         if process.is_alive():
             process.kill()
             process.join()
@@ -229,11 +229,9 @@ def reached(folder: Path) -> int:
 
 def compare(expected: Path, actual: Path) -> list[str]:
     """What differs between two runs."""
-    differences: list[str] = []
     a, b = (torch.load(f / "runs/chaos/checkpoints/last.ckpt", weights_only=True) for f in (expected, actual))
-    for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
-        if not same(a[part], b[part]):
-            differences.append(part)
+    parts = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
+    differences = [part for part in parts if not same(a[part], b[part])]
     lines = [metrics(folder / "runs/chaos/metrics.csv") for folder in (expected, actual)]
     differences += sorted(f"metrics.csv: {line}" for line in lines[0] ^ lines[1])[:20]
     first, second = samples(expected), samples(actual)

@@ -56,6 +56,12 @@ def unfinished(path: Path, remove: Callable[[Path], None]) -> Iterator[None]:
             marker.unlink()
 
 
+def unfinished_names(folder: Path) -> set[str]:
+    """Names that are marked as being made, by a living process or a killed one."""
+    found = (_LEFTOVER.match(file.name) for file in folder.glob(".*.unfinished"))
+    return {match["name"] for match in found if match}
+
+
 def digest(path: Path) -> tuple[int, str]:
     """Number of bytes of a file and their SHA-256."""
     sha, size = hashlib.sha256(), 0

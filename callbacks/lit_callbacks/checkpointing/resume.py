@@ -4,8 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from lit_callbacks.checkpointing._durable import unfinished_names
 from lit_callbacks.checkpointing._errors import CheckpointError
-from lit_callbacks.checkpointing.manifest import SUFFIX, Manifest, read_manifest, verify
+from lit_callbacks.checkpointing.manifest import SUFFIX, Manifest, manifest_path, read_manifest, verify
 
 _EXTENSION = ".ckpt"
 
@@ -72,10 +73,17 @@ def newest_checkpoint(folders: Iterable[Path], reached: int = 0) -> ResumePoint 
 
 
 def _candidates(folders: Iterable[Path]) -> set[Path]:
-    """Checkpoints, and manifests whose checkpoint is gone. A link is only another name, unless it leads nowhere."""
+    """Checkpoints, and manifests whose checkpoint is gone.
+
+    A link is only another name, unless it leads nowhere. A file that was never completed is not a checkpoint, if it is
+    known to be one of ours.
+    """
     found: set[Path] = set()
     for folder in folders:
         if folder.is_dir():
-            found |= {path for path in folder.glob(f"[!.]*{_EXTENSION}") if not (path.is_symlink() and path.exists())}
+            torn = {name for name in unfinished_names(folder) if not manifest_path(folder / name).exists()}
+            for path in folder.glob(f"[!.]*{_EXTENSION}"):
+                if path.name not in torn and not (path.is_symlink() and path.exists()):
+                    found.add(path)
             found |= {path.with_name(path.name.removesuffix(SUFFIX)) for path in folder.glob(f"[!.]*{SUFFIX}")}
     return found

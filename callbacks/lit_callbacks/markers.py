@@ -25,7 +25,7 @@ def mark_finished(trainer: Trainer, step: int | None) -> None:
         path.unlink(missing_ok=True)
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"step": step, "epoch": trainer.current_epoch}) + "\n", encoding="utf-8")
+        path.write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
 
 
 def clear(folder: Path, marker: str) -> None:

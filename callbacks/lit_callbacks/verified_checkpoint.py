@@ -1,5 +1,6 @@
 """Is there, at every moment, a checkpoint to go on from? Saved whole, verified, and never a bad one."""
 
+import copy
 import secrets
 import warnings
 from collections.abc import Callable
@@ -132,6 +133,7 @@ class VerifiedCheckpoint(SaveSchedule):
         self._size = 0
         self._expected_non_finite: set[str] = set()
         self._uninstall: Callable[[], None] | None = None
+        self._empty_books = copy.deepcopy({name: getattr(self, name) for name in _BOOKS})
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if k not in ("log", "log_dict")} | {"_uninstall": None}
@@ -146,9 +148,7 @@ class VerifiedCheckpoint(SaveSchedule):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be served, put the writing in place, and clear away what killed saves have left."""
         if type(trainer).__module__.startswith("pytorch_lightning"):
-            raise SetupError(
-                "VerifiedCheckpoint serves Trainers of lightning.pytorch, and this is pytorch_lightning's."
-            )
+            raise SetupError("VerifiedCheckpoint serves lightning.pytorch, and this Trainer is pytorch_lightning's.")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             super().setup(trainer, pl_module, stage)
@@ -161,6 +161,8 @@ class VerifiedCheckpoint(SaveSchedule):
                 f"VerifiedCheckpoint writes to local disks, and dirpath is {self.dirpath}. Save to a local folder and "
                 "copy from there, or use ModelCheckpoint."
             ) from None
+        if trainer.global_step == 0:  # otherwise a trainer goes on with what it has done before
+            vars(self).update(copy.deepcopy(self._empty_books))
         self._wanted, self._vetoed, self._failures = None, False, 0
         self.events = EventLog(run_folder(trainer))
         if self._is_first(trainer):
@@ -169,7 +171,8 @@ class VerifiedCheckpoint(SaveSchedule):
         if trainer.is_global_zero:
             remove_leftovers(folder, is_whole, remove)
             attempt = 1 + max((kept.manifest.attempt for kept in committed(folder)), default=0)
-        self._run, self._attempt = trainer.strategy.broadcast((secrets.token_hex(8), attempt))
+        new = secrets.token_hex(8) if trainer.global_step == 0 else self._run
+        self._run, self._attempt = trainer.strategy.broadcast((new, attempt))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Rehearse, and find out what is there already."""
@@ -177,7 +180,8 @@ class VerifiedCheckpoint(SaveSchedule):
         if _is_trial(trainer):
             return
         self._recall(trainer)
-        self._expected_non_finite = set(non_finite_tensors(trainer, pl_module)) if trainer.global_step == 0 else set()
+        buffers = {name for name, _ in pl_module.named_buffers()}  # infinite by intention, as masks are
+        self._expected_non_finite = buffers.intersection(non_finite_tensors(trainer, pl_module))
         if self._is_first(trainer):
             mark_finished(trainer, None)
             self._rehearse(trainer)
@@ -220,7 +224,8 @@ class VerifiedCheckpoint(SaveSchedule):
         """Save the end of the run."""
         if _is_trial(trainer):
             return
-        if self.monitor == "step" and self._last_global_step_saved != trainer.global_step:
+        unsaved = self._last_global_step_saved != trainer.global_step
+        if self.monitor == "step" and unsaved and self._wanted is None:
             self._want(trainer)
         self._save_wanted(trainer, at_last=True)
         self._settle(trainer)

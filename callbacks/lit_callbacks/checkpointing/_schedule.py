@@ -71,10 +71,14 @@ class SaveSchedule(ModelCheckpoint):
     def _is_time(self, trainer: Trainer) -> bool:
         if self._every_n_train_steps and trainer.global_step % self._every_n_train_steps == 0:
             return True
+        if self.monitor == "step" and trainer.global_step == trainer.max_steps:
+            return True  # here and not in on_train_end, where Lightning takes the epoch for done
         if self._train_time_interval is None or self._last_time_checked is None:
             return False
         over = time.monotonic() - self._last_time_checked >= self._train_time_interval.total_seconds()
-        return bool(trainer.strategy.broadcast(over))
+        if over := bool(trainer.strategy.broadcast(over)):
+            self._last_time_checked = time.monotonic()
+        return over
 
     def _is_epoch(self, trainer: Trainer) -> bool:
         return self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0

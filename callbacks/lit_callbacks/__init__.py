@@ -11,6 +11,7 @@ from lit_callbacks.dead_neuron_detector import DeadNeuronDetector
 from lit_callbacks.exact_resume import ExactResume
 from lit_callbacks.graceful_shutdown import GracefulExit, GracefulShutdown
 from lit_callbacks.gradient_norm_logger import GradientNormLogger
+from lit_callbacks.heartbeat import Heartbeat
 from lit_callbacks.loss_curve import LossCurve
 from lit_callbacks.loss_spike_recovery import LossSpikeRecovery
 from lit_callbacks.non_finite_autopsy import NonFiniteAutopsy
@@ -30,6 +31,7 @@ __all__ = [
     "GracefulExit",
     "GracefulShutdown",
     "GradientNormLogger",
+    "Heartbeat",
     "LossCurve",
     "LossSpikeRecovery",
     "NonFiniteAutopsy",

@@ -7,6 +7,7 @@ from lit_callbacks.attention_entropy_monitor import AttentionEntropyMonitor
 from lit_callbacks.dead_neuron_detector import DeadNeuronDetector
 from lit_callbacks.exact_resume import ExactResume
 from lit_callbacks.gradient_norm_logger import GradientNormLogger
+from lit_callbacks.heartbeat import Heartbeat
 from lit_callbacks.loss_curve import LossCurve
 from lit_callbacks.loss_spike_recovery import LossSpikeRecovery
 from lit_callbacks.non_finite_autopsy import NonFiniteAutopsy
@@ -32,4 +33,5 @@ def recommended() -> list[Callback]:
         NonFiniteAutopsy(),
         LossSpikeRecovery(),
         ExactResume(),
+        Heartbeat(),
     ]

@@ -43,6 +43,7 @@ OTHER = {
     "LossCurve": {"filename": "b.png"},
     "ExactResume": {"allow_changes": True},
     "GracefulShutdown": {"grace_seconds": 30.0},
+    "Heartbeat": {"every_seconds": 2.0},
     "VerifiedCheckpoint": {"every_n_train_steps": 3},
 }
 BAD = {
@@ -77,6 +78,7 @@ BAD = {
     "NonFiniteGuard": [{"patience": 0}],
     "LossCurve": [{"every_n_steps": -1}, {"filename": "folder/name.png"}],
     "ExactResume": [],
+    "Heartbeat": [{"every_seconds": 0.0}, {"hang_seconds": 0.0}, {"hang_factor": 1.0}],
     "GracefulShutdown": [{"time_limit": 0.0}, {"grace_seconds": 0.0}],
     "VerifiedCheckpoint": [{"save_top_k": 0}, {"max_failures": 0}],
 }

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import sys
 
 import pytest
 import torch
@@ -20,6 +21,13 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_open_wandb_run():
+    yield
+    if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
+        wandb.finish()
 
 
 @pytest.fixture

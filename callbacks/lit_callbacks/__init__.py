@@ -2,6 +2,7 @@
 
 from lit_callbacks._errors import SetupError
 from lit_callbacks._recommended import recommended
+from lit_callbacks._redaction import redacted
 from lit_callbacks._step_skipper import DivergenceError
 from lit_callbacks.activation_stats_monitor import ActivationStatsMonitor
 from lit_callbacks.adaptive_gradient_clipping import AdaptiveGradientClipping
@@ -17,6 +18,7 @@ from lit_callbacks.loss_spike_recovery import LossSpikeRecovery
 from lit_callbacks.non_finite_autopsy import NonFiniteAutopsy
 from lit_callbacks.non_finite_guard import NonFiniteError, NonFiniteGuard
 from lit_callbacks.parameter_stats_logger import ParameterStatsLogger
+from lit_callbacks.shielding import shield
 from lit_callbacks.throughput_logger import ThroughputLogger
 from lit_callbacks.verified_checkpoint import VerifiedCheckpoint
 
@@ -42,4 +44,6 @@ __all__ = [
     "ThroughputLogger",
     "VerifiedCheckpoint",
     "recommended",
+    "redacted",
+    "shield",
 ]

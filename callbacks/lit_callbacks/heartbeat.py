@@ -82,7 +82,8 @@ class Heartbeat(Member):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the run folder while all ranks are here."""
         super().setup(trainer, pl_module, stage)
-        if stage != "fit":
+        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._begin(None)
             return
         folder = run_folder(trainer)
         rank = trainer.global_rank
@@ -91,8 +92,9 @@ class Heartbeat(Member):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The first sign of life."""
+        if self._path is None:
+            return
         with contextlib.suppress(OSError):
-            assert self._path is not None
             self._path.parent.mkdir(parents=True, exist_ok=True)
             name = self._path.name.replace("heartbeat", "stacks").replace(".json", ".txt")
             self._stacks = (self._path.parent / name).open("a", encoding="utf-8")

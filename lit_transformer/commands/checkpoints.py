@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_callbacks import CheckpointError
-from lit_callbacks.checkpointing import ResumePoint, committed, load_verified, newest_checkpoint, verify
+from lit_callbacks.checkpointing import ResumePoint, committed, load_verified, local, newest_checkpoint, verify
 from lit_callbacks.markers import last_beat
 from lit_transformer.errors import UsageError
 from lit_transformer.run.folder import RunFolder
@@ -53,14 +53,14 @@ def locate(root: Path, name: str | None, which: str) -> Path:
     raise UsageError(f"the run in {run.path} has no {which} checkpoint; it may have ended before its first one")
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint's contents, verified, on the CPU and without unpickling code.
 
     Raises:
         UsageError: If there is no such file, or it cannot be trusted.
     """
     try:
-        checkpoint = load_verified(path)
+        checkpoint = load_verified(local(path))
     except CheckpointError as error:
         raise UsageError(str(error)) from None
     if "state_dict" not in checkpoint:
@@ -70,7 +70,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def read_checkpoint(root: Path, name: str | None, which: str) -> dict[str, Any]:
     """The contents of a file, or of what ``last`` or ``best`` means."""
-    return load_checkpoint(locate(root, name, which) if which in ("last", "best") else Path(which))
+    return load_checkpoint(locate(root, name, which) if which in ("last", "best") else which)
 
 
 def _best(run: RunFolder) -> Path | None:

@@ -67,15 +67,15 @@ def main(words: list[str]) -> None:
     sys.stdout.write("\n")
 
 
-def _checkpoint_path(given: str | None, run: str | None, root: Path) -> Path:
+def _checkpoint_path(given: str | None, run: str | None, root: Path) -> str | Path:
     if given is None and run is None:
         raise UsageError("generate needs a checkpoint: --ckpt_path FILE, or --run NAME for the best one of a run")
     if given is None or given in ("best", "last"):
         return locate(root, run, given or "best")
-    return Path(given)
+    return given
 
 
-def _load(path: Path) -> tuple[LitCausalLM, Tokenizer]:
+def _load(path: str | Path) -> tuple[LitCausalLM, Tokenizer]:
     """Model and tokenizer, both from the checkpoint."""
     checkpoint = load_checkpoint(path)
     data = checkpoint.get(LanguageModelingData.__qualname__)

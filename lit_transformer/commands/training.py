@@ -138,7 +138,7 @@ class TrainingCLI(LightningCLI):
             run = RunFolder(self.root / settings.run)
             self.run = run if run.owns(settings.ckpt_path) else None
         if settings.ckpt_path is not None:
-            self.checkpoint = load_checkpoint(Path(settings.ckpt_path))
+            self.checkpoint = load_checkpoint(settings.ckpt_path)
 
     def _go_on(self, run: RunFolder) -> str | None:
         """The checkpoint that a run goes on from; None where it was killed before its first: it begins anew."""
@@ -208,8 +208,10 @@ class TrainingCLI(LightningCLI):
         pending = (resumed.get("exact_resume") or {}).get("pending")
         trainer["default_root_dir"] = str(run.path)
         metrics = MetricsFile(run.metrics, resumed["global_step"], pending)
-        trainer["logger"] = make_loggers(run, metrics, settings.wandb, settings.tensorboard, trainer["logger"])
+        loggers = make_loggers(run, metrics, settings.wandb, settings.tensorboard, trainer["logger"])
+        trainer["logger"] = [metrics, *(lit_callbacks.shield(logger, patience=10.0) for logger in loggers[1:])]
         dumped = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, format="yaml"))[self.subcommand]
+        dumped = lit_callbacks.redacted(dumped)
         self.report = FitReport(run, f"{settings.trainer.precision} ({self.precision_reason})")
         callbacks: list[Callback] = [LearningRateMonitor(), self.report, SavedConfig(run, dumped)]
         if trainer["enable_checkpointing"] is False:

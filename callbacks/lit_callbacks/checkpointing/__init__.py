@@ -1,7 +1,7 @@
 """Checkpoints that are whole, verified, and found again."""
 
 from lit_callbacks.checkpointing._errors import CheckpointError
-from lit_callbacks.checkpointing.atomic_checkpoint_io import AtomicCheckpointIO, load_verified
+from lit_callbacks.checkpointing.atomic_checkpoint_io import AtomicCheckpointIO, load_verified, local
 from lit_callbacks.checkpointing.manifest import Manifest, verify
 from lit_callbacks.checkpointing.resume import ResumePoint, newest_checkpoint
 from lit_callbacks.checkpointing.shelf import committed
@@ -13,6 +13,7 @@ __all__ = [
     "ResumePoint",
     "committed",
     "load_verified",
+    "local",
     "newest_checkpoint",
     "verify",
 ]

@@ -19,10 +19,13 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
 from lit_callbacks import _ranks
 from lit_callbacks._loop_state import begin_epoch, rerun_validation
+from lit_callbacks._redaction import redacted
 from lit_callbacks.checkpointing._durable import unfinished
 from lit_callbacks.checkpointing._errors import CheckpointError
 from lit_callbacks.checkpointing.atomic_checkpoint_io import AtomicCheckpointIO, remove
 from lit_callbacks.checkpointing.manifest import Manifest, contents, manifest_path, verify
+
+_SETTINGS = {"hyper_parameters", "datamodule_hyper_parameters", "config"}
 
 Place = Literal["between_steps", "validation", "epoch_start"]
 """Where training stands: between two steps, in front of or inside a validation, in front of an epoch's first batch."""
@@ -52,6 +55,8 @@ def write(trainer: Trainer, path: Path, manifest: Manifest, size: int, place: Pl
         rerun_validation(checkpoint["loops"])
     elif place == "epoch_start":
         begin_epoch(checkpoint["loops"])
+    for key in _SETTINGS & checkpoint.keys():
+        checkpoint[key] = redacted(checkpoint[key])
     commits_itself = isinstance(innermost_io(trainer), AtomicCheckpointIO)
     is_zero = trainer.is_global_zero
 

@@ -38,6 +38,7 @@ def capture(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         "randomness": randomness(trainer),
         "metrics": {name: _without_cache(values_of(metric)) for name, metric in metrics.items()},
         "logged": {key: _logged(result) for key, result in logged_means(trainer).items()},
+        "logged_metrics": _logged_metrics(trainer),
         "callback_metrics": {key: _plain(value) for key, value in trainer.callback_metrics.items()},
     }
 
@@ -80,6 +81,27 @@ def add_logged(trainer: Trainer, saved: dict[str, dict[str, Any]]) -> None:
         elif result.meta.is_max_reduction or result.meta.is_min_reduction:
             result.value = result.meta.reduce_fx(value, result.value)
         result._computed = None
+
+
+def _logged_metrics(trainer: Trainer) -> dict[str, str]:
+    """Metrics of the module that ``self.log`` has been given in this epoch: logged name to attribute."""
+    return {
+        result.meta.forked_name(on_step=False): result.meta.metric_attribute
+        for result in trainer.fit_loop.epoch_loop._results.values()
+        if not result.is_tensor and result.meta.on_epoch and result.meta.logger and not result.has_reset
+    }
+
+
+def finish_metrics(trainer: Trainer, module: LightningModule, saved: Mapping[str, str]) -> dict[str, float]:
+    """Compute and reset the metrics of an epoch that has had no batch since the resume: nobody else will."""
+    values: dict[str, float] = {}
+    modules = dict(module.named_modules())
+    for name in saved.keys() - _logged_metrics(trainer).keys():
+        metric = modules[saved[name]]
+        assert isinstance(metric, Metric)
+        values[name] = float(metric.compute())
+        metric.reset()
+    return values
 
 
 def epoch_means(saved: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

@@ -17,6 +17,7 @@ from lit_callbacks._resume_state import (
     changes,
     epoch_means,
     fingerprint,
+    finish_metrics,
     randomness,
     restore,
     set_randomness,
@@ -81,6 +82,7 @@ class ExactResume(Member):
         self._epoch_start: dict[str, Any] | None = None
         self._before_validation: dict[str, Any] | None = None
         self._logged_before: dict[str, Any] = {}
+        self._metrics_before: dict[str, str] = {}
         self._next_logged_step: int | None = None
         self._set_logged_step: int | None = None
         self._in_batch_end = False
@@ -163,6 +165,7 @@ class ExactResume(Member):
             if self._stage == "epoch_start":
                 set_randomness(trainer, made)  # the iterator was made from what was restored
             self._logged_before = dict(mine["now"]["logged"])
+            self._metrics_before = dict(mine["now"]["logged_metrics"])
         if loaded["pending"]:
             trainer._logger_connector.log_metrics(dict(loaded["pending"]["metrics"]), step=loaded["pending"]["step"])
         self._set_logged_step = loaded["next_logged_step"]
@@ -226,12 +229,12 @@ class ExactResume(Member):
             # Lightning leaves plateau schedulers out at the end of a resumed epoch, for want of metrics. They are here.
             trainer.fit_loop._restarting = False
             self._stage = ""
-        if self._logged_before:
-            add_logged(trainer, self._logged_before)
-            if rest := epoch_means(self._logged_before):
-                step = trainer.fit_loop.epoch_loop._batches_that_stepped - 1
-                trainer._logger_connector.log_metrics({key: torch.tensor(value) for key, value in rest.items()}, step)
-            self._logged_before = {}
+        add_logged(trainer, self._logged_before)
+        row = epoch_means(self._logged_before) | finish_metrics(trainer, pl_module, self._metrics_before)
+        if row:  # of an epoch that was stopped in its last validation
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped - 1
+            trainer._logger_connector.log_metrics({key: torch.tensor(value) for key, value in row.items()}, step)
+        self._logged_before, self._metrics_before = {}, {}
 
     # ---- saving
 

@@ -81,7 +81,7 @@ class Small(LightningModule):
     def validation_step(self, batch, batch_idx):
         loss = self.loss(batch[1])
         self.validation_mean.update(loss)
-        self.log("val/loss", loss)
+        self.log("val/loss", loss, sync_dist=True)  # a plateau scheduler must see the same on all ranks
         self.log("val/mean", self.validation_mean)
 
     def configure_optimizers(self):

@@ -1,0 +1,63 @@
+"""On two ranks: what is resumed is the same run, one rank's signal stops both, one rank's full disk hangs nobody."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("reliability_worker.py")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    out = tmp_path_factory.mktemp("reliability")
+    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    run = subprocess.run([*launcher, WORKER, out], env=environment, capture_output=True, text=True, timeout=240)
+    found = [out / f"rank_{rank}.json" for rank in range(2)]
+    assert all(path.exists() for path in found), run.stderr[-4000:]
+    return [json.loads(path.read_text()) for path in found]
+
+
+def same_run(whole, first, rest):
+    assert rest["digest"] == whole["digest"]
+    assert len(rest["seen"]) < len(whole["seen"])
+    assert rest["seen"] == whole["seen"][-len(rest["seen"]) :]
+
+
+def same_rows(whole, first, rest):
+    """On rank zero, which is the one that logs."""
+    assert {tuple(row) for row in first["rows"] + rest["rows"]} == {tuple(row) for row in whole["rows"]}
+
+
+@pytest.mark.parametrize("name", ["0-1-4", "2-1-5", "0-4-2"])
+def test_a_resumed_run_is_the_same_on_both_ranks(ranks, name):
+    for rank in ranks:
+        assert "Killed" in rank[f"first-{name}"]["ended"]
+        same_run(rank[f"whole-{name}"], rank[f"first-{name}"], rank[f"rest-{name}"])
+    same_rows(*(ranks[0][f"{part}-{name}"] for part in ("whole", "first", "rest")))
+    assert ranks[0][f"whole-{name}"]["seen"] != ranks[1][f"whole-{name}"]["seen"]
+    assert ranks[0][f"rest-{name}"]["digest"] == ranks[1][f"rest-{name}"]["digest"]
+
+
+@pytest.mark.parametrize("name", ["shut", "shut-validation"])
+def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on(ranks, name):
+    steps = {rank[f"{name}-first"]["step"] for rank in ranks}
+    assert len(steps) == 1
+    for rank in ranks:
+        assert rank[f"{name}-first"]["code"] == 143
+        same_run(rank["whole-0-1-4"], rank[f"{name}-first"], rank[f"{name}-rest"])
+    same_rows(ranks[0]["whole-0-1-4"], ranks[0][f"{name}-first"], ranks[0][f"{name}-rest"])
+
+
+def test_a_full_disk_of_one_rank_is_everybodys_failed_save(ranks):
+    for rank in ranks:
+        assert rank["failing"]["ended"] == "None"
+        assert rank["failing"]["digest"] == rank["whole-0-1-4"]["digest"]
+        assert "No space left on device" in rank["failed"]["message"]
+        assert "Stopped after 3 saves in a row" in rank["failed"]["message"]
+        assert rank["failed"]["step"] == 16
+    assert ranks[0]["kept"] == {"failing": [12, 16, 20, 24, 28, 30, 4], "failed": [4]}

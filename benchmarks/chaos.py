@@ -123,11 +123,11 @@ def instrument(point: str, after: int) -> None:
     save, replace, unlink, log = torch.save, Path.replace, Path.unlink, MetricsFile.log_metrics
 
     def torn_save(obj: Any, file: Any, *args: Any, **kwargs: Any) -> None:
-        rehearsal = isinstance(file, Path) and "rehearsal" in file.name
-        if isinstance(file, Path) and now("rehearsal" if rehearsal else "writing"):
+        path = getattr(file, "path", None)
+        if path is not None and now("rehearsal" if "rehearsal" in path.name else "writing"):
             whole = io.BytesIO()
             save(obj, whole)
-            file.write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+            file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
             die()
         save(obj, file, *args, **kwargs)
 

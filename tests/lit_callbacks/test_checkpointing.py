@@ -37,7 +37,7 @@ def names(folder):
 def test_a_file_is_replaced_and_its_digest_is_that_of_the_standard(tmp_path):
     path = tmp_path / "a.ckpt"
     path.write_text("old")
-    assert durable.replace_durably(path, lambda partial: partial.write_text("abc")) == (3, SHA256_OF_ABC)
+    assert durable.replace_durably(path, lambda file: (file.write(b"a"), file.write(b"bc"))) == (3, SHA256_OF_ABC)
     assert path.read_text() == "abc"
     assert names(tmp_path) == ["a.ckpt"]
 
@@ -46,8 +46,8 @@ def test_a_save_that_fails_leaves_the_older_file_and_nothing_else(tmp_path):
     path = tmp_path / "a.ckpt"
     path.write_text("old")
 
-    def fail(partial):
-        partial.write_text("half")
+    def fail(file):
+        file.write(b"half")
         raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space left"):

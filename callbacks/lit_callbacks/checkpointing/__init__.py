@@ -2,12 +2,14 @@
 
 from lit_callbacks.checkpointing._errors import CheckpointError
 from lit_callbacks.checkpointing.atomic_checkpoint_io import AtomicCheckpointIO, load_verified, local
+from lit_callbacks.checkpointing.background_checkpoint_io import BackgroundCheckpointIO
 from lit_callbacks.checkpointing.manifest import Manifest, verify
 from lit_callbacks.checkpointing.resume import ResumePoint, newest_checkpoint
 from lit_callbacks.checkpointing.shelf import committed
 
 __all__ = [
     "AtomicCheckpointIO",
+    "BackgroundCheckpointIO",
     "CheckpointError",
     "Manifest",
     "ResumePoint",

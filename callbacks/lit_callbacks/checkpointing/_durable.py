@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import mmap
 import os
 import re
 import secrets
@@ -9,25 +10,27 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-_CHUNK = 2**20  # bytes
+_CHUNK = 2**23  # bytes, a multiple of what a mapping begins at
 _LEFTOVER = re.compile(r"^\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.(partial|unfinished)$")
 
 
-def replace_durably(path: Path, write: Callable[[Path], None]) -> tuple[int, str]:
-    """Let ``write`` make a file under a temporary name beside ``path``, bring it to the disk, and rename it.
+def replace_durably(path: Path, write: Callable[["HashedFile"], None]) -> tuple[int, str]:
+    """Let ``write`` fill a file under a temporary name beside ``path``, bring it to the disk, and rename it.
 
     The temporary file is in the same folder, because a rename is atomic only within a file system: Lightning's own
-    "atomic" save goes through TMPDIR, and leaves truncated files where that is another device. What is read back for
-    the digest is what the operating system has taken, while it writes it out. A failure leaves ``path`` as it was.
+    "atomic" save goes through TMPDIR, and leaves truncated files where that is another device. A failure leaves
+    ``path`` as it was.
 
     Returns:
         The number of bytes and their SHA-256.
     """
     partial = _temporary(path, "partial")
     try:
-        write(partial)
-        size, digest = _digest_and_sync(partial)
+        with HashedFile(partial) as file:
+            write(file)
+            size, digest = file.sync()
         partial.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -35,6 +38,81 @@ def replace_durably(path: Path, write: Callable[[Path], None]) -> tuple[int, str
         raise
     sync_folder(path.parent)
     return size, digest
+
+
+class HashedFile:
+    """A file that is written from its beginning to its end, and hashed by a thread that reads behind the writer.
+
+    Hashing takes about as long as writing, and the thread has the other processor, also while the disk is waited for.
+    What it reads is mapped, so that nothing is copied.
+
+    Args:
+        path: Where.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("xb", buffering=0)
+        self._written, self._is_over = 0, False
+        self._more = threading.Condition()
+        self._sha, self._failure = hashlib.sha256(), ""
+        self._thread = threading.Thread(target=self._hash, name="sha256", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "HashedFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._finish()
+        self._file.close()
+
+    def write(self, data: Any) -> int:
+        """Append."""
+        view = memoryview(data).cast("B")
+        left = view
+        while left:
+            left = left[self._file.write(left) :]
+        with self._more:
+            self._written += len(view)
+            self._more.notify()
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing: it is not buffered."""
+
+    def sync(self) -> tuple[int, str]:
+        """Bring it to the disk; the number of bytes and their SHA-256."""
+        with self._more:
+            self._is_over = True
+            self._more.notify()
+        os.fsync(self._file.fileno())
+        self._finish()
+        if self._failure:
+            raise OSError(self._failure)
+        return self._written, self._sha.hexdigest()
+
+    def _finish(self) -> None:
+        with self._more:
+            self._is_over = True
+            self._more.notify()
+        self._thread.join()
+
+    def _hash(self) -> None:
+        try:
+            with self.path.open("rb") as file:
+                done = 0
+                while size := self._next(done):
+                    with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, offset=done) as part:
+                        self._sha.update(part)
+                    done += size
+        except (OSError, ValueError) as error:
+            self._failure = f"what was written to {self.path} cannot be read back: {error}"
+
+    def _next(self, done: int) -> int:
+        """How many bytes to hash next: whole chunks, as long as there is more to come."""
+        with self._more:
+            self._more.wait_for(lambda: self._is_over or self._written - done >= _CHUNK)
+            return min(self._written - done, _CHUNK)
 
 
 @contextlib.contextmanager
@@ -97,30 +175,6 @@ def remove_leftovers(folder: Path, is_whole: Callable[[Path], bool], remove: Cal
                 if file.suffix == ".unfinished" and not is_whole(folder / found["name"]):
                     remove(folder / found["name"])
                 file.unlink()
-
-
-def _digest_and_sync(path: Path) -> tuple[int, str]:
-    failures: list[OSError] = []
-
-    def sync() -> None:
-        try:
-            descriptor = os.open(path, os.O_RDWR)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=sync, name="fsync", daemon=True)
-    thread.start()
-    try:
-        result = digest(path)
-    finally:
-        thread.join()
-    if failures:
-        raise failures[0]
-    return result
 
 
 def _temporary(path: Path, kind: str) -> Path:

@@ -27,7 +27,7 @@ def rehearse(checkpoint: dict[str, Any], folder: Path) -> int:
     path = folder / ".rehearsal.ckpt"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        size, _ = replace_durably(path, lambda partial: torch.save(checkpoint, partial))
+        size, _ = replace_durably(path, lambda file: torch.save(checkpoint, file))  # type: ignore[arg-type]
     except OSError as error:
         raise SetupError(
             f"a checkpoint cannot be written into {folder}: {error.strerror or error}. Training does not start, "

@@ -23,6 +23,7 @@ from lit_callbacks._redaction import redacted
 from lit_callbacks.checkpointing._durable import unfinished
 from lit_callbacks.checkpointing._errors import CheckpointError
 from lit_callbacks.checkpointing.atomic_checkpoint_io import AtomicCheckpointIO, remove
+from lit_callbacks.checkpointing.background_checkpoint_io import BackgroundCheckpointIO
 from lit_callbacks.checkpointing.manifest import Manifest, contents, manifest_path, verify
 
 _SETTINGS = {"hyper_parameters", "datamodule_hyper_parameters", "config"}
@@ -84,6 +85,8 @@ def finish(trainer: Trainer) -> None:
     io = checkpoint_io(trainer)
     if isinstance(io, AsyncCheckpointIO):
         _together(trainer, io.teardown)
+    elif isinstance(io, BackgroundCheckpointIO):
+        _together(trainer, io.finish)
 
 
 def _together(trainer: Trainer, act: Callable[[], None]) -> None:

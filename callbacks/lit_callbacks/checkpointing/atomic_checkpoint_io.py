@@ -5,12 +5,12 @@ import pickle
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
-from lit_callbacks.checkpointing._durable import replace_durably, unfinished
+from lit_callbacks.checkpointing._durable import HashedFile, replace_durably, unfinished
 from lit_callbacks.checkpointing._errors import CheckpointError
 from lit_callbacks.checkpointing.manifest import Content, Manifest, manifest_path, verify
 
@@ -37,12 +37,16 @@ class AtomicCheckpointIO(CheckpointIO):
         """Write a checkpoint; with a :class:`Manifest` as ``storage_options``, commit it by that."""
         target = local(path)
         target.parent.mkdir(parents=True, exist_ok=True)
+
+        def write(file: HashedFile) -> None:
+            torch.save(checkpoint, cast(IO[bytes], file))  # which needs write and flush
+
         if not isinstance(storage_options, Manifest):
             manifest_path(target).unlink(missing_ok=True)  # it describes what is about to be replaced
-            replace_durably(target, lambda partial: torch.save(checkpoint, partial))
+            replace_durably(target, write)
             return
         with unfinished(target, remove):
-            content = Content(*replace_durably(target, lambda partial: torch.save(checkpoint, partial)))
+            content = Content(*replace_durably(target, write))
             dataclasses.replace(storage_options, files={".": content}).write(target)
 
     def load_checkpoint(

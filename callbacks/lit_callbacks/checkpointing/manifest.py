@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_callbacks.checkpointing._durable import digest, replace_durably
+from lit_callbacks.checkpointing._durable import HashedFile, digest, replace_durably
 from lit_callbacks.checkpointing._errors import CheckpointError
 
 SUFFIX = ".manifest.json"
@@ -55,7 +55,7 @@ class Manifest:
         facts = {"format": _FORMAT, **dataclasses.asdict(self)}
         facts["files"] = {name: content._asdict() for name, content in self.files.items()}
         text = json.dumps({"sha256": _own_digest(facts), **facts}, indent=1)
-        replace_durably(manifest_path(checkpoint), lambda partial: _write_text(partial, text))
+        replace_durably(manifest_path(checkpoint), lambda file: _write_text(file, text))
 
 
 def manifest_path(checkpoint: Path) -> Path:
@@ -140,5 +140,5 @@ def _own_digest(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def _write_text(file: HashedFile, text: str) -> None:
+    file.write(text.encode())

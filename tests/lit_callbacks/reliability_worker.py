@@ -22,7 +22,7 @@ from helpers import MemoryLogger, make_trainer
 from lit_callbacks import CheckpointError, ExactResume, GracefulExit, GracefulShutdown, VerifiedCheckpoint
 from lit_callbacks.checkpointing import committed
 
-RANK = int(os.environ["RANK"])
+RANK = int(os.environ.get("RANK", 0))
 
 
 class SignalHere(Callback):
@@ -109,4 +109,5 @@ def main(out):
     (out / f"rank_{RANK}.json").write_text(json.dumps(found))
 
 
-main(Path(sys.argv[1]))
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

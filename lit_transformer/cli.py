@@ -1,4 +1,4 @@
-"""The command line: ``python cli.py fit|validate|test|predict|generate …``."""
+"""The command line: ``python cli.py fit|validate|test|predict|generate|export …``."""
 
 import sys
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ Train transformers that do not blow up.
   test       evaluate a checkpoint on the test text
   predict    score every block of the test text, into predictions.csv
   generate   write text from a prompt
+  export     the weights of a checkpoint as safetensors, with digests
 
 {program} COMMAND --help lists the settings of a command; fit --print_config prints them all with their values.
 --config takes a file, or the name of a shipped one ({names}); more than one are merged, flags win.
@@ -53,6 +54,10 @@ def _run(words: list[str]) -> None:
         from lit_transformer.commands.generate import main as generate
 
         generate(words[1:])
+    elif words[0] == "export":
+        from lit_transformer.commands.export import main as export
+
+        export(words[1:])
     else:
         from lit_transformer.commands.training import run_training_command
 

@@ -251,7 +251,7 @@ def run_training_command(words: list[str]) -> None:
     """
     _quieten()
     if words[0] not in LightningCLI.subcommands():
-        commands = ", ".join([*LightningCLI.subcommands(), "generate"])
+        commands = ", ".join([*LightningCLI.subcommands(), "generate", "export"])
         raise UsageError(f"unknown command {words[0]}; the commands are {commands}")
     TrainingCLI(words)
 

@@ -79,8 +79,8 @@ class VerifiedCheckpoint(SaveSchedule):
         ValueError: If an argument is out of range.
         SetupError: At the start of fit, if a checkpoint cannot be written, or not be loaded again; it names the values
             that are in the way. On a folder that is not on a local disk, and under ``pytorch_lightning``.
-        CheckpointError: If ``max_failures`` saves in a row fail; if ``ckpt_path="last"`` finds only bad checkpoints; if
-            a file that is to be loaded has changed.
+        CheckpointError: If ``max_failures`` saves in a row fail, or the last one does; if ``ckpt_path="last"`` finds
+            only bad checkpoints; if a file that is to be loaded has changed.
 
     State: that of ``ModelCheckpoint`` and the name of the run. What is kept and best is read from the manifests.
 
@@ -229,6 +229,11 @@ class VerifiedCheckpoint(SaveSchedule):
             self._want(trainer)
         self._save_wanted(trainer, at_last=True)
         self._settle(trainer)
+        if self._failures:
+            raise CheckpointError(
+                f"The run has made its last step, {trainer.global_step}, but the checkpoint of it could not be saved. "
+                f"Make room, and go on from {self.best_model_path or 'the beginning'}."
+            )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say that the run has come to its end; also one that was killed when only this was left to do."""

@@ -189,6 +189,28 @@ def test_it_can_be_pickled():
     assert pickle.loads(pickle.dumps(GracefulShutdown(time_limit=5.0))).time_limit == 5.0
 
 
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_slurm_job_is_queued_again_and_goes_on_by_itself(tmp_path, monkeypatch, code):
+    from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+    facts = {"JOB_ID": "12", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "JOB_NAME": "train"}
+    for name, value in facts.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    program = tmp_path / "bin" / "scontrol"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\nexit {code}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    plugins = [SLURMEnvironment(auto_requeue=True, requeue_signal=signal.SIGUSR1)]
+    with says("SLURM job 12 is queued again" if code == 0 else "scontrol ended with 1. Submit it again"):
+        *_, stopped = fit(tmp_path, Send("on_train_batch_start", 5, signal.SIGUSR1), plugins=plugins, devices=1)
+    assert (stopped.code, stopped.step) == (143, 5)
+    assert (tmp_path / "called").read_text() == "requeue 12\n"
+    _, trainer, rows, _ = fit(tmp_path, plugins=plugins, devices=1)  # without ckpt_path, as Lightning has it
+    assert min(step for step, key, _ in rows if key == "train/loss_step") >= 4
+    assert trainer.global_step == 30
+
+
 SCRIPT = """
 import hashlib, sys, time
 sys.path[:0] = [{callbacks!r}, {tests!r}]

@@ -265,6 +265,17 @@ def test_after_so_many_in_a_row_training_stops_with_the_last_good_one_intact(tmp
     assert newest_checkpoint([tmp_path / "ck"]).manifest.step == 5
 
 
+def test_a_run_whose_last_save_fails_has_not_finished(tmp_path, monkeypatch):
+    fail_at(monkeypatch, 3, 4)  # at the last step, and once more when training ends
+    with pytest.raises(CheckpointError, match=r"its last step, 12, but.*go on from .*step=10.ckpt"):
+        fit(tmp_path)
+    assert not (tmp_path / "finished.json").exists()
+    monkeypatch.undo()
+    fit(tmp_path, resume="last")
+    assert newest_checkpoint([tmp_path / "ck"]).manifest.step == 12
+    assert (tmp_path / "finished.json").exists()
+
+
 def test_a_disk_without_room_is_not_filled_up(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     free = iter([usage.free, 1000, usage.free, usage.free])

@@ -8,18 +8,29 @@ from pathlib import Path
 
 import pytest
 
-WORKER = Path(__file__).with_name("reliability_worker.py")
+
+def launch(worker, out, name):
+    """What the two processes found."""
+    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    run = subprocess.run(
+        [*launcher, Path(__file__).with_name(worker), out], env=environment, capture_output=True, text=True, timeout=240
+    )
+    found = [out / f"{name}_{rank}.json" for rank in range(2)]
+    assert all(path.exists() for path in found), run.stderr[-4000:]
+    return [json.loads(path.read_text()) for path in found]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    out = tmp_path_factory.mktemp("reliability")
-    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    run = subprocess.run([*launcher, WORKER, out], env=environment, capture_output=True, text=True, timeout=240)
-    found = [out / f"rank_{rank}.json" for rank in range(2)]
-    assert all(path.exists() for path in found), run.stderr[-4000:]
-    return [json.loads(path.read_text()) for path in found]
+    return launch("reliability_worker.py", tmp_path_factory.mktemp("reliability"), "rank")
+
+
+def test_a_sharded_checkpoint_is_verified_file_by_file(tmp_path):
+    for found in launch("sharded_worker.py", tmp_path, "sharded"):
+        assert found["files"] == [".metadata", "__0_0.distcp", "__1_0.distcp", "meta.pt"]
+        assert "__0_0.distcp: its contents have changed" in found["refused"]
+        assert (found["resumed"], found["newest"]) == (14, 14)
 
 
 def same_run(whole, first, rest):

@@ -16,6 +16,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io.async_plugin import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.strategies import Strategy
 
 from lit_callbacks import _ranks
 from lit_callbacks._loop_state import begin_epoch, rerun_validation
@@ -58,8 +59,12 @@ def write(trainer: Trainer, path: Path, manifest: Manifest, size: int, place: Pl
         begin_epoch(checkpoint["loops"])
     for key in _SETTINGS & checkpoint.keys():
         checkpoint[key] = redacted(checkpoint[key])
-    commits_itself = isinstance(innermost_io(trainer), AtomicCheckpointIO)
+    # Strategies that shard have a checkpoint IO and do not use it.
+    one_file = type(trainer.strategy).save_checkpoint is Strategy.save_checkpoint
+    commits_itself = one_file and isinstance(innermost_io(trainer), AtomicCheckpointIO)
     is_zero = trainer.is_global_zero
+    if is_zero:
+        path.parent.mkdir(parents=True, exist_ok=True)
 
     def save() -> None:
         if is_zero:

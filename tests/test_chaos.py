@@ -27,11 +27,10 @@ def test_killed_in_a_save_in_a_validation_and_in_a_step(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-def test_killed_at_every_point(tmp_path, workers):
+def test_killed_at_every_point(tmp_path):
     points = list(chaos.POINTS)
-    killed(tmp_path / "a", points[:7], workers)
-    killed(tmp_path / "b", points[7:], workers)
+    killed(tmp_path / "a", points[:7])
+    killed(tmp_path / "b", points[7:])
 
 
 def test_a_difference_is_found(tmp_path):

@@ -140,7 +140,8 @@ class Heartbeat(Member):
             return
         known = len(self._times) >= _UNTIL_KNOWN
         self._timeout = max(self.hang_seconds, self.hang_factor * statistics.median(self._times) if known else 0.0)
-        faulthandler.dump_traceback_later(self._timeout, file=self._stacks)
+        # It is not armed anew at each beat, so it allows for the time since the last one that did.
+        faulthandler.dump_traceback_later(self._timeout * (1 + 1 / _REARMS), file=self._stacks)
         self._armed_at = now
 
     def _report(self, trainer: Trainer, seconds: float) -> None:

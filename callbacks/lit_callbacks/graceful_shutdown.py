@@ -21,7 +21,6 @@ from lit_callbacks.markers import STOPPED, clear
 from lit_callbacks.protocols import CanSaveNow
 
 _TIME_LIMIT = "time limit"
-_REASONS = (*NAMES, _TIME_LIMIT)
 
 
 class GracefulExit(SystemExit):
@@ -52,10 +51,14 @@ class GracefulShutdown(Member):
     Here the first SIGTERM, SIGINT (Ctrl-C) or SIGUSR1, or the time limit, sets a flag. All ranks agree on it after each
     optimizer step, and after each batch of a validation, save through :class:`VerifiedCheckpoint`, and leave with
     :class:`GracefulExit`: code 143, after Ctrl-C 130. A run that is stopped in a validation, or in front of one, does
-    the whole validation when it goes on. A run that has made its last step is not stopped any more.
+    the whole validation when it goes on. A run that has made its last step, or that something else has stopped, as
+    early stopping does, comes to its end instead.
 
-    The second signal stops at once; all files are whole at any moment. If a batch hangs, the process ends
-    ``grace_seconds`` after the first signal, with the stacks of its threads on standard error.
+    The second signal stops at once; all files are whole at any moment. If no safe place is reached in ``grace_seconds``
+    after the first signal, because a batch hangs, the process ends with the stacks of its threads on standard error.
+    Saving takes the time it takes. Where a SIGTERM goes to the whole process group (torchrun does that) and the loader
+    has workers, these end at once, so that only the batch under way is finished: in the middle of an accumulation
+    window the run ends unsaved.
 
     Launchers have exit codes of their own, so ``stopped.json`` in the run folder says reason, step, exit code and
     checkpoint; it is gone when the run goes on, and ``finished.json`` is there when it has come to its end.
@@ -66,7 +69,7 @@ class GracefulShutdown(Member):
 
     Args:
         time_limit: Seconds after which to stop, from the start of fit, by the clock of rank zero.
-        grace_seconds: Seconds after the first signal by which the process has ended, whatever hangs.
+        grace_seconds: Seconds after the first signal in which a safe place must be reached.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -94,6 +97,7 @@ class GracefulShutdown(Member):
         self.events = EventLog()
         self._folder = Path()
         self._watch: SignalWatch | None = None
+        self._reasons: tuple[str, ...] = ()
         self._group: Any = None
         self._deadline = math.inf
         self._agree_in_validation = True
@@ -115,12 +119,16 @@ class GracefulShutdown(Member):
                 "VerifiedCheckpoint(every_n_train_steps=500) to the callbacks."
             )
         trainer.callbacks = [c for c in callbacks if c is not self] + [self]  # type: ignore[attr-defined]
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         self._folder = run_folder(trainer)
         self.events = EventLog(self._folder)
         if trainer.is_global_zero:
             clear(self._folder, STOPPED)
         self._deadline = math.inf if self.time_limit is None else time.monotonic() + self.time_limit
-        self._watch = SignalWatch(self.grace_seconds, exit_code, self._first, self._second)
+        names = tuple(dict.fromkeys([*NAMES, *filter(None, [_requeue_signal(trainer)])]))
+        self._reasons = (*names, _TIME_LIMIT)
+        self._watch = SignalWatch(self.grace_seconds, exit_code, self._first, self._second, names)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have a group that needs no device."""
@@ -174,6 +182,8 @@ class GracefulShutdown(Member):
         validates = fetcher is not None and loop.epoch_loop._should_check_val_fx(fetcher)
         if validates or not loop.epoch_loop._num_ready_batches_reached():
             self._stop_if_asked(trainer, "validation" if validates else "between_steps")
+        elif self._watch is not None:
+            self._watch.arrived()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Between two epochs."""
@@ -182,11 +192,11 @@ class GracefulShutdown(Member):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out whether the ranks will be together after each batch of this validation."""
-        self._agree_in_validation = self._same_on_all_ranks(trainer)
+        self._agree_in_validation = trainer.state.fn == "fit" and self._same_on_all_ranks(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """In a validation: no weight changes here."""
-        if trainer.state.fn != "fit" or not self._agree_in_validation:
+        if self._watch is None or not self._agree_in_validation:
             return
         if trainer.sanity_checking:
             self._stop_if_asked(trainer, "nothing_done")
@@ -213,7 +223,10 @@ class GracefulShutdown(Member):
     def _stop_if_asked(
         self, trainer: Trainer, place: Literal["between_steps", "validation", "epoch_start", "nothing_done"]
     ) -> None:
-        if trainer.global_step == trainer.max_steps or (reason := self._agreed_reason(trainer)) is None:
+        if self._watch is None or (reason := self._agreed_reason(trainer, self._watch)) is None:
+            return
+        self._watch.arrived()
+        if _is_over(trainer):
             return
         step, checkpoint = trainer.global_step, None
         saver = _saver(trainer)
@@ -228,24 +241,32 @@ class GracefulShutdown(Member):
         say(f"step {step}: stopped by {reason}: {what}.")
         if trainer.is_global_zero:
             facts = {"reason": reason, "step": step, "exit_code": error.code, "checkpoint": checkpoint}
-            self._folder.mkdir(parents=True, exist_ok=True)
-            (self._folder / STOPPED).write_text(json.dumps(facts) + "\n", encoding="utf-8")
-            if checkpoint and reason == _requeue_signal(trainer):
-                _requeue(trainer, Path(checkpoint))
+            try:  # the other ranks wait at the barrier, and the exit code says enough
+                self._folder.mkdir(parents=True, exist_ok=True)
+                (self._folder / STOPPED).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+                if reason == _requeue_signal(trainer):
+                    _requeue(trainer, checkpoint)
+            except OSError as problem:
+                say(f"step {step}: stopped, but not all could be written down: {problem}")
         trainer.strategy.barrier("requeued")
         raise error
 
-    def _agreed_reason(self, trainer: Trainer) -> str | None:
+    def _agreed_reason(self, trainer: Trainer, watch: SignalWatch) -> str | None:
         """What any rank was told; the same on all ranks."""
-        reason = None if self._watch is None else self._watch.received
+        reason = watch.received
         if reason is None and trainer.is_global_zero and time.monotonic() >= self._deadline:
             reason = _TIME_LIMIT
-        number = 0 if reason is None else 1 + _REASONS.index(reason)
+        number = 0 if reason is None else 1 + self._reasons.index(reason)
         if trainer.world_size > 1:
             told = torch.tensor([number])
             dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group)
             number = int(told.item())
-        return None if number == 0 else _REASONS[number - 1]
+        return None if number == 0 else self._reasons[number - 1]
+
+
+def _is_over(trainer: Trainer) -> bool:
+    """Whether no step follows: nothing that is stopped here would be done when the run goes on, or too much."""
+    return trainer.global_step == trainer.max_steps or (trainer.should_stop and trainer.fit_loop._can_stop_early)
 
 
 def _saver(trainer: Trainer) -> CanSaveNow | None:
@@ -262,10 +283,16 @@ def _requeue_signal(trainer: Trainer) -> str | None:
     return "SIGUSR1" if number is None else number.name
 
 
-def _requeue(trainer: Trainer, checkpoint: Path) -> None:
+def _requeue(trainer: Trainer, checkpoint: str | None) -> None:
     """Put the job back into the queue, and the checkpoint where Lightning looks for it when that starts."""
+    if checkpoint is None:
+        say("The SLURM job is not queued again, for nothing was saved: submit it with ckpt_path='last'.")
+        return
+    # Lightning prefers this link also in later jobs, also to one killed before it stops: so it follows the newest.
+    saved = Path(checkpoint).resolve()
+    last = saved.with_name("last.ckpt")
     link = Path(trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir))
-    link.symlink_to(checkpoint.resolve())
+    link.symlink_to(last if last.is_symlink() and last.exists() else saved)
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
     scontrol = shutil.which("scontrol")

@@ -1,6 +1,7 @@
 """Stopped by a signal anywhere, a run is saved, ends with an honest code, and goes on as if nothing had happened."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import signal
@@ -125,6 +126,47 @@ def test_a_run_that_has_made_its_last_step_is_finished(tmp_path):
     assert (tmp_path / "finished.json").exists()
 
 
+def test_a_run_that_something_else_has_stopped_is_finished(tmp_path):
+    class Enough(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == 5
+
+    *_, stopped = fit(tmp_path, Send("on_after_backward", 5), Enough())
+    assert stopped is None
+    assert (tmp_path / "finished.json").exists()
+
+
+def test_a_save_may_take_longer_than_the_grace(tmp_path, monkeypatch):
+    save = VerifiedCheckpoint.save_now
+    monkeypatch.setattr(VerifiedCheckpoint, "save_now", lambda *args: (time.sleep(1.5), save(*args))[1])
+    *_, stopped = fit(tmp_path, Send("on_train_batch_start", 3), shutdown=GracefulShutdown(grace_seconds=0.5))
+    assert Path(stopped.checkpoint).exists()  # and this process is still there
+
+
+def test_processes_that_are_started_meanwhile_can_be_terminated(tmp_path):
+    codes = []
+
+    class Start(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 2 and not codes:
+                child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+                child.start()
+                time.sleep(0.2)
+                child.terminate()
+                child.join(10)
+                codes.append(child.exitcode)
+
+    fit(tmp_path, Start(), max_steps=4, max_epochs=-1)
+    assert codes == [-signal.SIGTERM]
+
+
+def test_a_folder_that_cannot_be_written_does_not_hide_the_exit(tmp_path, monkeypatch):
+    monkeypatch.setattr("lit_callbacks.graceful_shutdown.STOPPED", "missing/stopped.json")
+    with says("stopped, but not all could be written down"):
+        *_, stopped = fit(tmp_path, Send("on_train_batch_start", 3))
+    assert (stopped.code, Path(stopped.checkpoint).exists()) == (143, True)
+
+
 def test_the_time_limit(tmp_path):
     class Slow(Callback):
         def on_train_batch_start(self, *_):
@@ -189,8 +231,8 @@ def test_it_can_be_pickled():
     assert pickle.loads(pickle.dumps(GracefulShutdown(time_limit=5.0))).time_limit == 5.0
 
 
-@pytest.mark.parametrize("code", [0, 1])
-def test_a_slurm_job_is_queued_again_and_goes_on_by_itself(tmp_path, monkeypatch, code):
+@pytest.mark.parametrize(("code", "number"), [(0, signal.SIGUSR1), (1, signal.SIGUSR1), (0, signal.SIGUSR2)])
+def test_a_slurm_job_is_queued_again_and_goes_on_by_itself(tmp_path, monkeypatch, code, number):
     from lightning.pytorch.plugins.environments import SLURMEnvironment
 
     facts = {"JOB_ID": "12", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "JOB_NAME": "train"}
@@ -201,9 +243,9 @@ def test_a_slurm_job_is_queued_again_and_goes_on_by_itself(tmp_path, monkeypatch
     program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\nexit {code}\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
-    plugins = [SLURMEnvironment(auto_requeue=True, requeue_signal=signal.SIGUSR1)]
+    plugins = [SLURMEnvironment(auto_requeue=True, requeue_signal=number)]
     with says("SLURM job 12 is queued again" if code == 0 else "scontrol ended with 1. Submit it again"):
-        *_, stopped = fit(tmp_path, Send("on_train_batch_start", 5, signal.SIGUSR1), plugins=plugins, devices=1)
+        *_, stopped = fit(tmp_path, Send("on_train_batch_start", 5, number), plugins=plugins, devices=1)
     assert (stopped.code, stopped.step) == (143, 5)
     assert (tmp_path / "called").read_text() == "requeue 12\n"
     _, trainer, rows, _ = fit(tmp_path, plugins=plugins, devices=1)  # without ckpt_path, as Lightning has it
@@ -227,20 +269,22 @@ class Here(Callback):
 torch.set_num_threads(1)
 trainer = make_trainer(max_steps=10**6, enable_checkpointing=True, default_root_dir={folder!r},
     callbacks=[GracefulShutdown(None, {grace}), Here(), VerifiedCheckpoint({folder!r}, every_n_train_steps=10**5)])
-trainer.fit(TinyLM(), loader())
+train = torch.utils.data.DataLoader(Tokens(4000), 4, num_workers={workers})
+trainer.fit(TinyLM(), train)
 """
 
 
-def run(tmp_path, hang, *numbers, grace=60.0):
+def run(tmp_path, hang, *numbers, grace=60.0, workers=0):
     places = {"callbacks": str(ROOT / "callbacks"), "tests": str(ROOT / "tests"), "folder": str(tmp_path)}
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(hang=hang, grace=grace, **places))
+    script.write_text(SCRIPT.format(hang=hang, grace=grace, workers=workers, **places))
     process = subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
-    )
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        start_new_session=True,
+    )  # fmt: skip
     assert any("READY" in line for line in process.stdout)
     for number in numbers:
-        process.send_signal(number)
+        os.killpg(process.pid, number)  # as a terminal and torchrun do: the loader's workers get it, too
         time.sleep(0.3)
     _, error = process.communicate(timeout=60)
     return process.returncode, error
@@ -250,6 +294,14 @@ def test_the_process_ends_with_the_code_and_a_checkpoint(tmp_path):
     code, error = run(tmp_path, "time.sleep(1)", signal.SIGTERM)
     assert code == 143, error
     assert json.loads((tmp_path / "stopped.json").read_text())["checkpoint"] is not None
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_whole_group_does_not_cost_the_run_its_workers(tmp_path, number, code):
+    found, error = run(tmp_path, "time.sleep(1)", number, workers=2)
+    assert found == code, error
+    stopped = json.loads((tmp_path / "stopped.json").read_text())
+    assert (stopped["step"], Path(stopped["checkpoint"]).exists()) == (4, True)
 
 
 @pytest.mark.parametrize(("numbers", "grace"), [((signal.SIGTERM,), 0.5), ((signal.SIGTERM, signal.SIGTERM), 60.0)])

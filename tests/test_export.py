@@ -62,7 +62,7 @@ def test_mistakes_are_explained(checkpoint, tmp_path, capsys):
     path, _ = checkpoint
     export_weights(path, tmp_path / "out")
     for words, message in (
-        (["--ckpt_path", str(path), "--to", str(tmp_path / "out")], "there is an export in"),
+        (["--ckpt_path", str(path), "--to", str(tmp_path / "out")], "there is a model.safetensors in"),
         (["--ckpt_path", str(path)], "export needs a folder to write to: --to FOLDER"),
         (["--ckpt_path", "nowhere.ckpt", "--to", "x"], "there is no checkpoint nowhere.ckpt"),
         (["--ckpt_path", "https://example.org/a.ckpt", "--to", "x"], "is not on a local disk"),

@@ -29,7 +29,8 @@ def redacted(data: Any, environ: Mapping[str, str] | None = None) -> Any:
 
 
 def _secrets(environ: Mapping[str, str]) -> dict[str, str]:
-    return {value: name for name, value in environ.items() if _SECRET.search(name) and len(value) >= _SHORTEST}
+    found = {value: name for name, value in environ.items() if _SECRET.search(name) and len(value) >= _SHORTEST}
+    return {value: found[value] for value in sorted(found, key=len, reverse=True)}  # one may begin with another
 
 
 def _mentions(data: Any, secrets: Mapping[str, str]) -> bool:

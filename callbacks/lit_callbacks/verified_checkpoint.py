@@ -11,6 +11,7 @@ from weakref import proxy
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lit_callbacks._errors import SetupError
@@ -27,16 +28,8 @@ from lit_callbacks.checkpointing.resume import newest_checkpoint
 from lit_callbacks.checkpointing.shelf import committed, free_name, is_whole, link_last, prune, ranked
 from lit_callbacks.markers import last_beat, mark_finished
 
-_BOOKS = (
-    "best_k_models",
-    "kth_best_model_path",
-    "kth_value",
-    "best_model_path",
-    "best_model_score",
-    "current_score",
-    "_last_checkpoint_saved",
-    "_last_global_step_saved",
-)
+_RANKING = ("best_k_models", "kth_best_model_path", "kth_value", "best_model_path", "best_model_score")
+_BOOKS = (*_RANKING, "current_score", "_last_checkpoint_saved", "_last_global_step_saved")
 
 
 class VerifiedCheckpoint(SaveSchedule):
@@ -64,7 +57,8 @@ class VerifiedCheckpoint(SaveSchedule):
 
     Args:
         dirpath: Where; by default ``checkpoints`` in the folder of the logger or trainer, as for ``ModelCheckpoint``.
-        filename: Name pattern, as for ``ModelCheckpoint``; by default ``{epoch}-{step}``.
+        filename: Name pattern, as for ``ModelCheckpoint``; by default ``{epoch}-{step}``. Metrics with ``/`` in their
+            names get ``-``.
         monitor: The logged metric to rank by.
         mode: Whether low or high values of it are good.
         save_top_k: How many to keep; -1 for all.
@@ -82,7 +76,8 @@ class VerifiedCheckpoint(SaveSchedule):
         CheckpointError: If ``max_failures`` saves in a row fail, or the last one does; if ``ckpt_path="last"`` finds
             only bad checkpoints; if a file that is to be loaded has changed.
 
-    State: that of ``ModelCheckpoint`` and the name of the run. What is kept and best is read from the manifests.
+    State: that of ``ModelCheckpoint`` and the name of the run. What is kept and best is read from the manifests. With
+    other intervals, metric or mode than before, a resumed run is a new one to it, and what was saved before stays.
 
     Cost: per save, 1.0 to 1.15 of ``torch.save`` and ``fsync`` (``benchmarks/checkpoint_cost.py``), no copy in memory,
     and one pass over the weights; per start, one save more; per step, a comparison.
@@ -152,6 +147,8 @@ class VerifiedCheckpoint(SaveSchedule):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             super().setup(trainer, pl_module, stage)
+        if self._is_first(trainer):
+            self._uninstall = _writer.install(trainer)
         if stage != "fit" or _is_trial(trainer):
             return
         try:
@@ -165,8 +162,13 @@ class VerifiedCheckpoint(SaveSchedule):
             vars(self).update(copy.deepcopy(self._empty_books))
         self._wanted, self._vetoed, self._failures = None, False, 0
         self.events = EventLog(run_folder(trainer))
-        if self._is_first(trainer):
-            self._uninstall = _writer.install(trainer)
+        plain = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        others = [c for c in plain if not isinstance(c, VerifiedCheckpoint)]
+        if self._is_first(trainer) and any(c.save_last or c.dirpath == self.dirpath for c in others):
+            say(
+                "Beside VerifiedCheckpoint there is a ModelCheckpoint with a last.ckpt or in the same folder: then "
+                "ckpt_path='last' goes by the times of files. Save with another VerifiedCheckpoint, or elsewhere."
+            )
         attempt = 0
         if trainer.is_global_zero:
             remove_leftovers(folder, is_whole, remove)
@@ -180,8 +182,9 @@ class VerifiedCheckpoint(SaveSchedule):
         if _is_trial(trainer):
             return
         self._recall(trainer)
-        buffers = {name for name, _ in pl_module.named_buffers()}  # infinite by intention, as masks are
-        self._expected_non_finite = buffers.intersection(non_finite_tensors(trainer, pl_module))
+        trained = {name for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
+        others = {name for name in pl_module.state_dict() if name not in trained}  # infinite by intention, as masks are
+        self._expected_non_finite = others.intersection(non_finite_tensors(trainer, pl_module))
         if self._is_first(trainer):
             mark_finished(trainer, None)
             self._rehearse(trainer)
@@ -209,6 +212,7 @@ class VerifiedCheckpoint(SaveSchedule):
         if trainer.is_global_zero:
             found = ranked(self.folder, self._run, self.state_key, trainer.global_step, self.mode)
         found = trainer.strategy.broadcast(found)[: self.save_top_k if self.save_top_k > 0 else None]
+        vars(self).update(copy.deepcopy({name: self._empty_books[name] for name in _RANKING}))
         if not found:
             return
         self.best_k_models = {path: torch.tensor(score) for path, score in found}
@@ -229,7 +233,7 @@ class VerifiedCheckpoint(SaveSchedule):
             self._want(trainer)
         self._save_wanted(trainer, at_last=True)
         self._settle(trainer)
-        if self._failures:
+        if self._failures and self.monitor == "step":
             raise CheckpointError(
                 f"The run has made its last step, {trainer.global_step}, but the checkpoint of it could not be saved. "
                 f"Make room, and go on from {self.best_model_path or 'the beginning'}."
@@ -275,6 +279,7 @@ class VerifiedCheckpoint(SaveSchedule):
                     f"{', '.join(sorted(metrics))}."
                 )
             return
+        self._settle(trainer, wait=False)  # a ghost must not be the best
         module = trainer.lightning_module
         anomaly = open_anomaly(trainer)
         if anomaly and not at_last:
@@ -302,7 +307,7 @@ class VerifiedCheckpoint(SaveSchedule):
     def _save_suspect(self, trainer: Trainer, metrics: dict[str, Tensor], reason: str) -> None:
         self._suspect = reason
         try:
-            name = self.format_checkpoint_name(metrics, "suspect-{step}")
+            name = self._free_name(trainer, self.format_checkpoint_name(metrics, "suspect-{step}"))
             self._attempt_save(trainer, lambda: self._save_checkpoint(trainer, name))
         finally:
             self._suspect = None
@@ -313,6 +318,7 @@ class VerifiedCheckpoint(SaveSchedule):
             save()
         except _writer.NotSavedError as error:
             vars(self).update(books)
+            self._recall(trainer)  # the one that failed may be an earlier one, in the background
             self._count_failure(trainer, error)
         else:
             if self._last_global_step_saved == trainer.global_step:
@@ -356,12 +362,13 @@ class VerifiedCheckpoint(SaveSchedule):
         keep = [Path(path) for path in (*self.best_k_models, self._last_checkpoint_saved, trainer.ckpt_path) if path]
         prune(self.folder, self._run, self.state_key, trainer.global_step, keep)
 
-    def _settle(self, trainer: Trainer) -> None:
-        """Wait for what is written in the background."""
+    def _settle(self, trainer: Trainer, wait: bool = True) -> None:
+        """Wait for what is written in the background, or only hear of its failure."""
         try:
-            _writer.finish(trainer)
+            _writer.finish(trainer, wait)
         except _writer.NotSavedError as error:
-            self._last_global_step_saved = -1
+            self._last_global_step_saved = -1  # whichever it was
+            self._recall(trainer)
             self._count_failure(trainer, error)
         if self._last_checkpoint_saved:
             self._tidy(trainer)
@@ -369,8 +376,21 @@ class VerifiedCheckpoint(SaveSchedule):
     def _get_metric_interpolated_filepath_name(
         self, monitor_candidates: dict[str, Tensor], trainer: Trainer, del_filepath: str | None = None
     ) -> str:
-        path = str(free_name(Path(self.format_checkpoint_name(monitor_candidates))))
-        return trainer.strategy.broadcast(path)
+        return self._free_name(trainer, self.format_checkpoint_name(monitor_candidates))
+
+    def _free_name(self, trainer: Trainer, name: str) -> str:
+        """The name, or one with a version, of nothing that is there or is being written in the background."""
+        ours = [c for c in trainer.checkpoint_callbacks if isinstance(c, VerifiedCheckpoint)]
+        given = {path for c in ours for path in (*c.best_k_models, c._last_checkpoint_saved)}
+        return trainer.strategy.broadcast(str(free_name(Path(name), given)))
+
+    def format_checkpoint_name(
+        self, metrics: dict[str, Tensor], filename: str | None = None, ver: int | None = None, prefix: str | None = None
+    ) -> str:
+        """As ``ModelCheckpoint`` does it, but for ``/`` in the names of metrics, which would make folders: ``-``."""
+        name = super().format_checkpoint_name(metrics, filename, ver, prefix)
+        folder = f"{self.dirpath}/" if self.dirpath else ""
+        return folder + name.removeprefix(folder).replace("/", "-")
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Nothing: what may go is decided by what is in the folder, when the new one is durable."""

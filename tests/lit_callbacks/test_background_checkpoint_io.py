@@ -63,6 +63,14 @@ def test_a_state_dict_keeps_the_versions_of_its_modules():
     assert copied["running_mean"].data_ptr() != state["running_mean"].data_ptr()
 
 
+def test_what_its_memory_does_not_say_is_kept():
+    conjugate = torch.tensor([1 + 2j, 3 - 1j]).conj()
+    negative = torch._neg_view(torch.ones(3))
+    copied = ReusedCopy().of([conjugate, negative])
+    assert copied[0].tolist() == [1 - 2j, 3 + 1j]
+    assert copied[1].tolist() == [-1, -1, -1]
+
+
 def test_what_has_no_ordinary_memory_is_cloned():
     sparse = torch.eye(3).to_sparse()
     copied = ReusedCopy().of([sparse, (torch.nn.Parameter(torch.ones(2)), {1, 2})])

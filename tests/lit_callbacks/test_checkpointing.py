@@ -193,6 +193,24 @@ def test_every_flipped_bit_in_a_tensor_is_found_without_a_manifest(tmp_path):
             load_verified(path)
 
 
+def test_no_damage_without_a_manifest_is_silent_or_another_error(tmp_path):
+    path = tmp_path / "a.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"w": torch.arange(4.0), "s": 3}, path)
+    whole, refused = path.read_bytes(), 0
+    for at in range(len(whole)):
+        changed = bytearray(whole)
+        changed[at] ^= 0x80
+        path.write_bytes(changed)
+        try:
+            loaded = load_verified(path)
+        except CheckpointError:
+            refused += 1
+        else:
+            assert loaded["s"] == 3
+            assert torch.equal(loaded["w"], torch.arange(4.0)), at
+    assert refused > len(whole) // 3
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

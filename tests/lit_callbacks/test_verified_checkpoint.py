@@ -2,7 +2,9 @@
 
 import enum
 import pickle
+import re
 import shutil
+import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 import lit_callbacks.checkpointing.atomic_checkpoint_io as atomic
 from helpers import MemoryLogger, OldTinyLM, TinyLM, TwoOptimizers, loader, make_trainer, says
 from lit_callbacks import CheckpointError, ExactResume, LossSpikeRecovery, SetupError, VerifiedCheckpoint
-from lit_callbacks.checkpointing import _writer, committed, load_verified, newest_checkpoint
+from lit_callbacks.checkpointing import BackgroundCheckpointIO, _writer, committed, load_verified, newest_checkpoint
 from lit_callbacks.checkpointing.manifest import manifest_path
+from lit_callbacks.checkpointing.shelf import link_last
 
 
 def fit(folder, *callbacks, steps=12, resume=None, module=None, every=5, checkpoint=None, options=None, **trainer):
@@ -228,7 +232,7 @@ def test_what_cannot_be_pickled_is_said(tmp_path):
         def state_dict(self):
             return {"function": lambda: None}
 
-    with pytest.raises(SetupError, match="cannot be written"):
+    with pytest.raises(SetupError, match=r"cannot be written: .*Keeper\.function is a builtins\.function"):
         fit(tmp_path, Keeper())
 
 
@@ -363,6 +367,15 @@ class Slow(atomic.AtomicCheckpointIO):
         super().save_checkpoint(checkpoint, path, storage_options)
 
 
+class BackgroundThatFails(BackgroundCheckpointIO):
+    """At one step."""
+
+    def _write(self, checkpoint, path, storage_options):
+        if "step=10" in str(path):
+            raise OSError(28, "No space left on device")
+        super()._write(checkpoint, path, storage_options)
+
+
 def test_a_save_in_the_background(tmp_path):
     fit(tmp_path, plugins=[AsyncCheckpointIO()])
     assert names(tmp_path) == ["last.ckpt", "step=10.ckpt", "step=12.ckpt"]
@@ -374,6 +387,109 @@ def test_a_failure_in_the_background_is_noticed_and_deletes_nothing(tmp_path):
         fit(tmp_path, steps=17, plugins=[AsyncCheckpointIO(Slow())])
     assert "step=10.ckpt" not in names(tmp_path)
     assert newest_checkpoint([tmp_path / "ck"]).manifest.step in (15, 17)
+
+
+@pytest.mark.parametrize("io", [lambda: AsyncCheckpointIO(Slow()), BackgroundThatFails], ids=["async", "background"])
+def test_a_best_one_that_was_never_written_is_not_the_best(tmp_path, io):
+    class Losses(TinyLM):
+        def validation_step(self, batch, batch_idx):
+            self.log("val/loss", torch.tensor({5: 3.0, 10: 1.0}.get(self.global_step, 2.5)))
+            time.sleep(0.1)
+
+    best = VerifiedCheckpoint(tmp_path / "ck", "{step}", monitor="val/loss", save_top_k=1)
+    options = {"val_check_interval": 5, "limit_val_batches": 1.0, "plugins": [io()]}
+    with says("could not be saved: .*No space left"):
+        fit(tmp_path, checkpoint=best, module=Losses(), steps=17, **options)
+    assert Path(best.best_model_path).name == "step=15.ckpt"
+    assert Path(best.best_model_path).exists()
+
+
+def test_what_waits_in_the_background_is_written_although_training_ends_with_an_error(tmp_path, monkeypatch):
+    save = torch.save
+    monkeypatch.setattr(atomic.torch, "save", lambda *args, **options: (time.sleep(0.3), save(*args, **options)))
+
+    def fail(trainer, module):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, At(11, fail), plugins=[AsyncCheckpointIO()])
+    assert newest_checkpoint([tmp_path / "ck"]).manifest.step == 10
+
+
+def test_two_with_one_name_do_not_overwrite_each_other_in_the_background(tmp_path):
+    best = VerifiedCheckpoint(tmp_path / "ck", "{step}", monitor="val/loss", save_top_k=-1)
+    options = {"val_check_interval": 5, "limit_val_batches": 1.0, "plugins": [BackgroundCheckpointIO()]}
+    fit(tmp_path, best, options={"save_top_k": -1}, **options)
+    assert sorted(kept.manifest.step for kept in committed(tmp_path / "ck")) == [5, 5, 10, 10, 12]
+
+
+def test_a_damaged_file_is_not_evaluated_either(tmp_path):
+    trainer, module, _ = fit(tmp_path)
+    path = tmp_path / "ck" / "step=12.ckpt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    for evaluate in (trainer.validate, trainer.test):
+        with pytest.raises(CheckpointError, match="is not what was saved"):
+            evaluate(module, loader(n_samples=8), ckpt_path="best", verbose=False)
+
+
+def test_metrics_with_a_slash_make_no_folders(tmp_path):
+    best = VerifiedCheckpoint(tmp_path / "ck", "best-{step}-{val/loss:.1f}", monitor="val/loss", save_top_k=1)
+    fit(tmp_path, checkpoint=best, val_check_interval=4, limit_val_batches=1.0)
+    (name,) = [name for name in names(tmp_path) if name != "last.ckpt"]
+    assert re.fullmatch(r"best-step=\d+-val-loss=\d\.\d\.ckpt", name)
+    assert newest_checkpoint([tmp_path / "ck"]).path.name == name
+
+
+@pytest.mark.parametrize("kind", ["complex", "frozen"])
+def test_no_parameter_is_overlooked(tmp_path, kind):
+    class More(TinyLM):
+        def __init__(self):
+            super().__init__()
+            self.complex = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))
+            self.frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+            self.register_buffer("float8", torch.ones(3).to(torch.float8_e4m3fn))
+
+    def poison(trainer, module):
+        getattr(module, kind).data[0] = torch.nan
+
+    with says(f"not finite: .*{kind}"):
+        fit(tmp_path, At(7, poison), module=More())
+    assert names(tmp_path) == ["last.ckpt", "step=5.ckpt"]
+
+
+def test_a_second_suspect_overwrites_nothing(tmp_path):
+    fit(tmp_path, Anomaly(11, 20))
+    fit(tmp_path, Anomaly(11, 20), resume=str(tmp_path / "ck" / "step=10.ckpt"))
+    suspects = [kept.path.name for kept in committed(tmp_path / "ck") if kept.manifest.suspect]
+    assert suspects == ["suspect-step=12-v1.ckpt"]  # of the same run: the later one, under a name of its own
+
+
+def test_a_link_that_was_being_made_when_the_process_was_killed_goes(tmp_path, monkeypatch):
+    fit(tmp_path)
+    replace = Path.replace
+
+    def killed(self, target):
+        if Path(target).name == "last.ckpt":
+            raise Killed
+        return replace(self, target)
+
+    class Killed(BaseException):
+        pass
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(Killed):
+        link_last(tmp_path / "ck")
+    monkeypatch.undo()
+    assert len(list((tmp_path / "ck").glob(".last*"))) == 1
+    fit(tmp_path, steps=20, resume="last")
+    assert not list((tmp_path / "ck").glob(".*"))
+
+
+def test_a_plain_checkpoint_beside_it_is_spoken_about(tmp_path):
+    with says("Save with another VerifiedCheckpoint, or elsewhere"):
+        fit(tmp_path, ModelCheckpoint(tmp_path / "ck", "plain-{step}"))
 
 
 def test_by_time_and_by_epoch(tmp_path):

@@ -26,7 +26,7 @@ def replace_durably(path: Path, write: Callable[["HashedFile"], None]) -> tuple[
     Returns:
         The number of bytes and their SHA-256.
     """
-    partial = _temporary(path, "partial")
+    partial = temporary_beside(path, "partial")
     try:
         with HashedFile(partial) as file:
             write(file)
@@ -121,7 +121,7 @@ def unfinished(path: Path, remove: Callable[[Path], None]) -> Iterator[None]:
 
     A file under its final name that nobody has committed would otherwise lie there for ever.
     """
-    marker = _temporary(path, "unfinished")
+    marker = temporary_beside(path, "unfinished")
     marker.touch()
     try:
         yield
@@ -177,7 +177,8 @@ def remove_leftovers(folder: Path, is_whole: Callable[[Path], bool], remove: Cal
                 file.unlink()
 
 
-def _temporary(path: Path, kind: str) -> Path:
+def temporary_beside(path: Path, kind: str) -> Path:
+    """A name that :func:`remove_leftovers` knows, of the kind ``partial`` or ``unfinished``."""
     return path.parent / f".{path.name}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}.{kind}"
 
 

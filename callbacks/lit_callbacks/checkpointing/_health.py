@@ -11,11 +11,12 @@ from lit_callbacks.protocols import HasOpenAnomaly
 
 
 def non_finite_tensors(trainer: Trainer, module: LightningModule) -> list[str]:
-    """Names of the weights, buffers and optimizer states of this rank that are not finite everywhere.
+    """Names of the weights, frozen ones too, buffers and optimizer states of this rank that are not finite everywhere.
 
     Cost: one pass over them and one read by the host.
     """
-    tensors = {name: _local(tensor) for name, tensor in live_tensors(trainer, module).items()}
+    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    tensors = {name: _plain(tensor) for name, tensor in live_tensors(trainer, module, also=frozen).items()}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
     names: list[str] = []
     for device in {tensor.device for tensor in tensors.values()}:
@@ -37,6 +38,9 @@ def any_rank(trainer: Trainer, flag: bool) -> bool:
     return bool(_ranks.largest(trainer, torch.tensor([float(flag)], device=trainer.strategy.root_device)).item())
 
 
-def _local(tensor: Tensor) -> Tensor:
+def _plain(tensor: Tensor) -> Tensor:
+    """This rank's part, as real numbers of a type that can be calculated with."""
     part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return part
+    if part.is_complex():
+        return torch.view_as_real(part.resolve_conj())
+    return part.float() if part.is_floating_point() and part.element_size() == 1 else part

@@ -34,8 +34,9 @@ def rehearse(checkpoint: dict[str, Any], folder: Path) -> int:
             "because it could not be resumed. Make room or choose another dirpath."
         ) from None
     except Exception as error:
+        found = "; ".join(f"{place} is a {kind}" for place, kind in not_plain(checkpoint)) or str(error)
         raise SetupError(
-            f"a checkpoint of this run cannot be written: {error}. Objects that cannot be pickled do not belong in "
+            f"a checkpoint of this run cannot be written: {found}. What cannot be pickled does not belong in "
             "hyperparameters or in the state of callbacks."
         ) from error
     try:

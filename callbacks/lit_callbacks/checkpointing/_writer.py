@@ -81,17 +81,20 @@ def write(trainer: Trainer, path: Path, manifest: Manifest, size: int, place: Pl
             _together(trainer, commit)
 
 
-def finish(trainer: Trainer) -> None:
-    """Wait for a save that goes on in the background.
+def finish(trainer: Trainer, wait: bool = True) -> None:
+    """Wait for a save that goes on in the background; without ``wait``, only if it has failed already.
 
     Raises:
         NotSavedError: If it failed.
     """
     io = checkpoint_io(trainer)
     if isinstance(io, AsyncCheckpointIO):
-        _together(trainer, io.teardown)
+        ends, failed = io.teardown, io._error is not None
     elif isinstance(io, BackgroundCheckpointIO):
-        _together(trainer, io.finish)
+        ends, failed = io.finish, io.has_failed()
+    else:
+        return
+    _together(trainer, ends if wait or failed else lambda: None)
 
 
 def _together(trainer: Trainer, act: Callable[[], None]) -> None:
@@ -148,6 +151,9 @@ def install(trainer: Trainer) -> Callable[[], None]:
         if replaced and wrapper is None:
             strategy.checkpoint_io = outer
         elif replaced and wrapper is not None:
+            if isinstance(outer, AsyncCheckpointIO) and outer._executor is not None:
+                outer._executor.shutdown(wait=True)  # what waits there was promised to be written by ours
+                outer._executor = None
             wrapper._checkpoint_io = io
 
     return uninstall

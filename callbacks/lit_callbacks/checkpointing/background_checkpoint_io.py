@@ -39,9 +39,12 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         copied = self._copy.of(checkpoint)
-        self._under_way = self._executor.submit(super().save_checkpoint, copied, path, storage_options)
+        self._under_way = self._executor.submit(self._write, copied, path, storage_options)
         if failure is not None:
             raise failure
+
+    def _write(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any) -> None:
+        super().save_checkpoint(checkpoint, path, storage_options)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
@@ -54,6 +57,10 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
         """Wait, and delete."""
         self.finish()
         super().remove_checkpoint(path)
+
+    def has_failed(self) -> bool:
+        """Whether the last save has failed, as far as is known yet."""
+        return self._under_way is not None and self._under_way.done() and self._under_way.exception() is not None
 
     def finish(self) -> None:
         """Wait for what is being written."""
@@ -127,7 +134,7 @@ def _collect(data: Any, sources: dict[int, Tensor]) -> None:
 def _rebuild(data: Any, buffers: Mapping[int, Tensor]) -> Any:
     if isinstance(data, Tensor):
         if not _is_plain(data):
-            return data.detach().clone()
+            return data.detach().clone() if data.layout != torch.strided else data.detach().resolve_conj().clone()
         storage = buffers[data.untyped_storage()._cdata].untyped_storage()
         return torch.empty(0, dtype=data.dtype).set_(storage, data.storage_offset(), data.size(), data.stride())
     if isinstance(data, dict):
@@ -141,5 +148,6 @@ def _rebuild(data: Any, buffers: Mapping[int, Tensor]) -> Any:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Dense, and of torch's own class: others, such as sparse or sharded ones, have no memory of this kind."""
-    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and not tensor.is_meta
+    """Dense, of torch's own class, and what its memory says: others, such as sparse or conjugated ones, are not."""
+    ours = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+    return ours and not (tensor.is_meta or tensor.is_quantized or tensor.is_conj() or tensor.is_neg())

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lit_callbacks._redaction import redacted
@@ -23,30 +24,38 @@ def export_weights(checkpoint: Path, folder: Path) -> None:
 
     Args:
         checkpoint: A Lightning checkpoint; it is verified.
-        folder: Where to write; it must not have an export already.
+        folder: Where to write; it must not have files of these names.
 
     Raises:
-        CheckpointError: If the checkpoint cannot be trusted, holds hyperparameters that JSON cannot, or the folder has
-            an export.
+        CheckpointError: If the checkpoint cannot be trusted, has other weights than tensors or hyperparameters that
+            JSON cannot hold, or if the folder has files of these names or cannot be written.
 
     Cost: one copy of the weights in memory.
     """
     from safetensors.torch import save
 
-    if (folder / DIGESTS).exists():
-        raise CheckpointError(f"there is an export in {folder} already; choose another folder")
+    if there := [name for name in (WEIGHTS, SETTINGS, DIGESTS) if (folder / name).exists()]:
+        raise CheckpointError(f"there is a {there[0]} in {folder} already; choose another folder")
     loaded = load_verified(checkpoint)
+    if not isinstance(loaded, dict) or "state_dict" not in loaded:
+        raise CheckpointError(f"{checkpoint} is not a Lightning checkpoint: it has no state_dict")
     settings = redacted(dict(loaded.get("hyper_parameters", {})))
     try:
         text = json.dumps(settings, indent=1) + "\n"
     except TypeError as error:
         raise CheckpointError(f"the hyperparameters of {checkpoint} cannot be written as JSON: {error}") from None
-    weights = {name: value.detach().cpu().contiguous().clone() for name, value in loaded["state_dict"].items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / WEIGHTS, save(weights, metadata={"format": "pt"}))
-    _write(folder / SETTINGS, text.encode())
-    digests = {name: contents(folder / name)["."]._asdict() for name in (WEIGHTS, SETTINGS)}
-    _write(folder / DIGESTS, (json.dumps(digests, indent=1) + "\n").encode())
+    weights = loaded["state_dict"]
+    if other := [n for n, w in weights.items() if not isinstance(w, Tensor) or w.layout != torch.strided]:
+        raise CheckpointError(f"the weights of {checkpoint} cannot be exported: {other[0]} is not a dense tensor")
+    weights = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / WEIGHTS, save(weights, metadata={"format": "pt"}))
+        _write(folder / SETTINGS, text.encode())
+        digests = {name: contents(folder / name)["."]._asdict() for name in (WEIGHTS, SETTINGS)}
+        _write(folder / DIGESTS, (json.dumps(digests, indent=1) + "\n").encode())
+    except OSError as error:
+        raise CheckpointError(f"the export cannot be written into {folder}: {error.strerror}") from None
 
 
 def load_exported(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

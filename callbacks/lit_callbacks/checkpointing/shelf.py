@@ -1,11 +1,11 @@
 """The checkpoints of one callback in one folder: which are kept, which are the best, and what may go."""
 
 import contextlib
-import secrets
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from lit_callbacks.checkpointing._durable import temporary_beside
 from lit_callbacks.checkpointing._errors import CheckpointError
 from lit_callbacks.checkpointing.atomic_checkpoint_io import remove
 from lit_callbacks.checkpointing.manifest import SUFFIX, Manifest, manifest_path, read_manifest
@@ -35,10 +35,10 @@ def is_whole(path: Path) -> bool:
     return manifest_path(path).exists()
 
 
-def free_name(path: Path) -> Path:
-    """The path, or with ``-v1``, ``-v2``, … in its name, so that nothing is overwritten."""
+def free_name(path: Path, given: Collection[str] = ()) -> Path:
+    """The path, or with ``-v1``, ``-v2``, … in its name, that neither exists nor is among those ``given`` away."""
     version, free = 0, path
-    while free.exists() or free.is_symlink() or manifest_path(free).exists():
+    while str(free) in given or free.exists() or free.is_symlink() or manifest_path(free).exists():
         version += 1
         free = path.with_name(f"{path.stem}-v{version}{path.suffix}")
     return free
@@ -76,7 +76,7 @@ def link_last(folder: Path) -> None:
     if not kept or (link.exists() and not link.is_symlink()):
         return
     newest = max(kept, key=lambda kept: (kept.manifest.attempt, kept.manifest.step, kept.manifest.owner))
-    temporary = folder / f".{LAST}.{secrets.token_hex(4)}"
+    temporary = temporary_beside(link, "partial")
     with contextlib.suppress(OSError):  # Windows needs a permission for links
         temporary.symlink_to(newest.path.name)
         temporary.replace(link)

@@ -13,13 +13,14 @@ come
 Compared with an undisturbed run, bit for bit: weights, optimizer and scheduler state, every line of metrics.csv but for
 those that are times (throughput/), and which samples each step saw, also in steps that were made twice.
 
-    python benchmarks/chaos.py                 # 60 kills, some five minutes on two cores
+    python benchmarks/chaos.py                 # 60 kills, some three minutes on two cores
     python benchmarks/chaos.py --kills 20 --workers 2 --tmpdir /dev/shm
 
 Processes are forked from one that has imported everything, because importing takes longer than the whole run.
 """
 
 import argparse
+import contextlib
 import functools
 import io
 import json
@@ -163,6 +164,8 @@ def instrument(point: str, after: int) -> None:
 def attempt(folder: Path, workers: int, resume: bool, point: str, after: int, tmpdir: str | None) -> None:
     """One life of the process."""
     os.chdir(folder)
+    os.setpgid(0, 0)
+    multiprocessing.set_start_method("fork", force=True)  # or loader workers start by importing everything
     os.environ |= {"CHAOS_SAMPLES": str(folder / "samples.jsonl"), "CHAOS_POINT": point, "CHAOS_AFTER": str(after)}
     os.environ.pop("LIT_TRANSFORMER_RUN", None)
     if tmpdir:
@@ -187,6 +190,7 @@ def supervise(
     context.set_forkserver_preload(["chaos"])
     run, killed, lost, seconds = folder / "runs" / "chaos", 0, [], 4.0
     unused: list[str] = []
+    groups: list[int | None] = []
     planned = list(kills)
     while not finished(run):
         point, after = planned.pop(0) if planned else ("", 0)
@@ -194,10 +198,13 @@ def supervise(
         process = context.Process(target=attempt, args=(folder, workers, run.exists(), point, after, tmpdir))
         started = time.monotonic()
         process.start()
-        process.join(draw.uniform(0, 1) * seconds if point == "random" else 60)
+        groups.append(process.pid)
+        process.join(draw.uniform(0, 1) * seconds if point == "random" else 300)
         if process.is_alive():
             process.kill()
             process.join()
+            if point != "random":
+                raise SystemExit(f"an attempt hangs:\n{(folder / 'output.txt').read_text()[-3000:]}")
         else:
             seconds = max(seconds, time.monotonic() - started)
         if process.exitcode == -signal.SIGKILL:
@@ -212,6 +219,9 @@ def supervise(
         assert newest(run) >= before, "a kill has lost a checkpoint"
         if finished(run) and planned:  # go on killing, from the beginning of another run of the same kind
             break
+    for group in groups:  # a worker whose parent dies right after the fork does not notice, and would wait for ever
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group or 0, signal.SIGKILL)
     return {"kills": killed, "lost": lost, "unused": unused, "left": planned}
 
 

@@ -30,7 +30,7 @@ def test_killed_in_a_save_in_a_validation_and_in_a_step(tmp_path, monkeypatch):
 def test_killed_at_every_point(tmp_path):
     points = list(chaos.POINTS)
     killed(tmp_path / "a", points[:7])
-    killed(tmp_path / "b", points[7:])
+    killed(tmp_path / "b", points[7:], workers=2)
 
 
 def test_a_difference_is_found(tmp_path):

@@ -1,7 +1,7 @@
 """Metrics as a file that is only ever appended to."""
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,8 @@ class MetricsFile(Logger):
         """Append one line per metric."""
         rows = [[step, key, f"{float(value):.8g}"] for key, value in metrics.items() if key != "epoch"]
         try:
-            new = not self.path.exists()
             with self.path.open("a", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([_HEADER, *rows] if new else rows)
+                csv.writer(file).writerows(rows if file.tell() else [_HEADER, *rows])
         except OSError as error:
             if not self._warned:
                 rank_zero_warn(f"Metrics are not being written down: {error}. Training goes on.")
@@ -69,10 +68,8 @@ class MetricsFile(Logger):
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
     """The ``(step, value)`` pairs of every key; a torn last line is left out."""
     series: dict[str, list[tuple[int, float]]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.reader(file):
-            if len(row) == len(_HEADER) and row != _HEADER:
-                series.setdefault(row[1], []).append((int(row[0]), float(row[2])))
+    for step, key, value in _rows(path):
+        series.setdefault(key, []).append((int(step), float(value)))
     return series
 
 
@@ -80,11 +77,17 @@ def cut_back(path: Path, step: int, pending: Mapping[str, Any] | None = None) ->
     """Drop the lines of ``step`` and later, of a pending row, and a torn last line; the file is replaced at once."""
     if not path.exists():
         return
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.reader(file) if len(row) == len(_HEADER)]
     again = set() if pending is None else {(str(pending["step"]), key) for key in pending["metrics"]}
-    kept = [row for row in rows if row == _HEADER or (int(row[0]) < step and (row[0], row[1]) not in again)]
+    kept = [row for row in _rows(path) if int(row[0]) < step and (row[0], row[1]) not in again]
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(kept)
+        csv.writer(file).writerows([_HEADER, *kept])
     temporary.replace(path)
+
+
+def _rows(path: Path) -> Iterator[list[str]]:
+    """The whole lines, without the header."""
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        for row in csv.reader(line for line in file if line.endswith("\n")):
+            if len(row) == len(_HEADER) and row != _HEADER:
+                yield row

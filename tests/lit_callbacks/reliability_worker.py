@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 sys.path.append(str(Path(__file__).parent))
 
-from test_exact_resume import Kill, Killed, Numbers, Record, Small
+from test_exact_resume import PLACES, Kill, Killed, Numbers, Record, Small, saving
 
 import lit_callbacks.checkpointing.atomic_checkpoint_io as atomic
 from helpers import MemoryLogger, make_trainer
@@ -38,12 +38,12 @@ class SignalHere(Callback):
             signal.raise_signal(signal.SIGTERM)
 
 
-def fit(folder, *callbacks, resume=None, workers=0, accumulate=1, every=4, seed=0, **options):
+def fit(folder, *callbacks, resume=None, place="middle", workers=0, accumulate=1, seed=0, **options):
     torch.manual_seed(seed + RANK)
     random.seed(seed + RANK)
     numpy.random.seed(seed + RANK)  # noqa: NPY002 - what people use
     module, record, logger = Small(), Record(), MemoryLogger()
-    checkpoint = VerifiedCheckpoint(folder, "{step}", every_n_train_steps=every, save_top_k=-1)
+    checkpoint = VerifiedCheckpoint(folder, "{step}", save_top_k=-1, **saving(place, accumulate))
     trainer = make_trainer(
         strategy="ddp", devices=2, enable_checkpointing=True, default_root_dir=folder, logger=logger, max_epochs=3,
         accumulate_grad_batches=accumulate, num_sanity_val_steps=0, val_check_interval=5,
@@ -86,18 +86,45 @@ def fail_on_rank_zero(calls):
     return lambda: setattr(atomic.torch, "save", save)
 
 
-def main(out):
+GRID = {
+    f"{place}-{workers}-{accumulate}": {"place": place, "workers": workers, "accumulate": accumulate}
+    for place in PLACES
+    for workers in (0, 2)
+    for accumulate in (1, 4)
+}
+CORNERS = ("middle-0-1", "last-2-1", "behind-0-4")
+REST = [name for name in GRID if name not in CORNERS]
+
+
+def resumed(out, names):
+    """Undisturbed, killed, and gone on with."""
     found = {}
-    for workers, accumulate, every in ((0, 1, 4), (2, 1, 5), (0, 4, 2)):
-        name = f"{workers}-{accumulate}-{every}"
-        options = {"workers": workers, "accumulate": accumulate, "every": every}
+    for name in names:
+        options = GRID[name]
         found[f"whole-{name}"] = fit(out / f"whole-{name}", **options)
-        found[f"first-{name}"] = fit(out / f"killed-{name}", Kill("on_train_batch_start", 17), **options)
+        found[f"first-{name}"] = fit(out / f"killed-{name}", Kill("on_train_batch_start", 19), **options)
         found[f"rest-{name}"] = fit(out / f"killed-{name}", resume="last", seed=77, **options)
+    return found
+
+
+def main(out, part):
+    found = resumed(out, CORNERS if part == "corners" else REST)
+    if part == "corners":
+        found |= signalled(out) | failing(out)
+    (out / f"rank_{RANK}.json").write_text(json.dumps(found))
+
+
+def signalled(out):
+    found = {}
     found["shut-first"] = fit(out / "shut", SignalHere(1, "on_train_batch_start", 13))
     found["shut-rest"] = fit(out / "shut", resume="last", seed=77)
     found["shut-validation-first"] = fit(out / "shut-validation", SignalHere(1, "on_validation_batch_start", 5))
     found["shut-validation-rest"] = fit(out / "shut-validation", resume="last", seed=77)
+    return found
+
+
+def failing(out):
+    found = {}
     undo = fail_on_rank_zero({2})
     found["failing"] = fit(out / "failing")
     undo()
@@ -106,8 +133,8 @@ def main(out):
     undo()
     if RANK == 0:
         found["kept"] = {name: [kept.manifest.step for kept in committed(out / name)] for name in ("failing", "failed")}
-    (out / f"rank_{RANK}.json").write_text(json.dumps(found))
+    return found
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

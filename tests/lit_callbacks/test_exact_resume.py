@@ -139,15 +139,38 @@ LOADERS = {
 }
 
 
+def saving(place, accumulate):
+    """Settings of a checkpoint: in the middle of an epoch of ten batches, on its last batch, behind it."""
+    if place == "behind":
+        return {"every_n_epochs": 1, "save_on_train_epoch_end": True}
+    steps = {("middle", 1): 4, ("middle", 4): 2, ("last", 1): 10, ("last", 4): 3}
+    return {"every_n_train_steps": steps[place, accumulate]}
+
+
+PLACES = ("middle", "last", "behind")
+
+
 def fit(
-    folder, loader, *callbacks, resume=None, every=4, epochs=3, accumulate=1, seed=0, exact=True, workers=0, **options
+    folder,
+    loader,
+    *callbacks,
+    resume=None,
+    every=4,
+    save=None,
+    epochs=3,
+    accumulate=1,
+    seed=0,
+    exact=True,
+    workers=0,
+    **options,
 ):
     torch.manual_seed(seed)
     random.seed(seed)
     numpy.random.seed(seed)  # noqa: NPY002
     module, record, logger = Small(), Record(), MemoryLogger()
     exact = [ExactResume()] if exact else []
-    checkpoint = VerifiedCheckpoint(folder / "checkpoints", "{step}", every_n_train_steps=every, save_top_k=-1)
+    save = save or {"every_n_train_steps": every}
+    checkpoint = VerifiedCheckpoint(folder / "checkpoints", "{step}", save_top_k=-1, **save)
     trainer = make_trainer(
         default_root_dir=folder,
         max_epochs=epochs,
@@ -194,6 +217,14 @@ def test_a_killed_run_goes_on_as_the_undisturbed_one(tmp_path, hook, accumulate,
     every = 4 if accumulate == 1 else 2
     n = {"on_train_batch_start": 12 + n, "on_validation_batch_start": 5 * n - 4, "on_train_epoch_end": n}[hook]
     check(tmp_path, "shuffle", hook, n, accumulate=accumulate, every=every)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("place", PLACES)
+def test_the_grid(tmp_path, place, workers, accumulate):
+    save = saving(place, accumulate)
+    check(tmp_path, "augment", "on_train_batch_start", 19, save=save, workers=workers, accumulate=accumulate)
 
 
 @pytest.mark.parametrize("every", [3, 5, 10, 14])

@@ -8,13 +8,21 @@ from pathlib import Path
 
 import pytest
 
+sys.path.append(str(Path(__file__).parent))
 
-def launch(worker, out, name):
+from reliability_worker import CORNERS, REST
+
+
+def launch(worker, out, name, *arguments):
     """What the two processes found."""
     launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     run = subprocess.run(
-        [*launcher, Path(__file__).with_name(worker), out], env=environment, capture_output=True, text=True, timeout=240
+        [*launcher, Path(__file__).with_name(worker), out, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     found = [out / f"{name}_{rank}.json" for rank in range(2)]
     assert all(path.exists() for path in found), run.stderr[-4000:]
@@ -23,7 +31,7 @@ def launch(worker, out, name):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return launch("reliability_worker.py", tmp_path_factory.mktemp("reliability"), "rank")
+    return launch("reliability_worker.py", tmp_path_factory.mktemp("reliability"), "rank", "corners")
 
 
 def test_a_sharded_checkpoint_is_verified_file_by_file(tmp_path):
@@ -44,8 +52,19 @@ def same_rows(whole, first, rest):
     assert {tuple(row) for row in first["rows"] + rest["rows"]} == {tuple(row) for row in whole["rows"]}
 
 
-@pytest.mark.parametrize("name", ["0-1-4", "2-1-5", "0-4-2"])
+@pytest.mark.parametrize("name", CORNERS)
 def test_a_resumed_run_is_the_same_on_both_ranks(ranks, name):
+    same_everywhere(ranks, name)
+
+
+@pytest.mark.slow
+def test_the_rest_of_the_grid_on_both_ranks(tmp_path):
+    ranks = launch("reliability_worker.py", tmp_path, "rank", "grid")
+    for name in REST:
+        same_everywhere(ranks, name)
+
+
+def same_everywhere(ranks, name):
     for rank in ranks:
         assert "Killed" in rank[f"first-{name}"]["ended"]
         same_run(rank[f"whole-{name}"], rank[f"first-{name}"], rank[f"rest-{name}"])
@@ -60,14 +79,14 @@ def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on(ranks, name):
     assert len(steps) == 1
     for rank in ranks:
         assert rank[f"{name}-first"]["code"] == 143
-        same_run(rank["whole-0-1-4"], rank[f"{name}-first"], rank[f"{name}-rest"])
-    same_rows(ranks[0]["whole-0-1-4"], ranks[0][f"{name}-first"], ranks[0][f"{name}-rest"])
+        same_run(rank["whole-middle-0-1"], rank[f"{name}-first"], rank[f"{name}-rest"])
+    same_rows(ranks[0]["whole-middle-0-1"], ranks[0][f"{name}-first"], ranks[0][f"{name}-rest"])
 
 
 def test_a_full_disk_of_one_rank_is_everybodys_failed_save(ranks):
     for rank in ranks:
         assert rank["failing"]["ended"] == "None"
-        assert rank["failing"]["digest"] == rank["whole-0-1-4"]["digest"]
+        assert rank["failing"]["digest"] == rank["whole-middle-0-1"]["digest"]
         assert "No space left on device" in rank["failed"]["message"]
         assert "Stopped after 3 saves in a row" in rank["failed"]["message"]
         assert rank["failed"]["step"] == 16

@@ -131,6 +131,15 @@ def test_a_resumed_run_cuts_the_metrics_back_to_where_it_starts_and_drops_a_torn
     assert read_metrics(path) == {"a": [(4, 1.0), (9, 2.0), (10, 5.0)]}
 
 
+@pytest.mark.parametrize("torn", ["", "st", "step,key,value", "step,key,value\n0,a,1.2"])
+def test_a_file_torn_in_its_first_line_gets_its_header(tmp_path, torn):
+    path = tmp_path / "metrics.csv"
+    path.write_text(torn)
+    assert read_metrics(path) == {}
+    MetricsFile(path, resume_step=0).log_metrics({"a": 5.0}, step=0)
+    assert path.read_text().splitlines() == ["step,key,value", "0,a,5"]
+
+
 def test_cutting_back_what_is_not_there_is_no_error(tmp_path):
     cut_back(tmp_path / "metrics.csv", 3)
     assert not any(tmp_path.iterdir())

@@ -51,6 +51,33 @@ def knows_its_position(loader: Any) -> bool:
     return callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None))
 
 
+_FINISHED = "_iterator_finished"  # of torchdata's StatefulDataLoader
+
+
+def finish_epoch(states: list[dict[str, Any]]) -> None:
+    """Let loaders of which the last batch was taken begin a new epoch.
+
+    A ``StatefulDataLoader`` whose iterator was not asked for one batch more is saved as one that still has to end: when
+    it goes on, it has no batch, and the epoch is lost.
+
+    Args:
+        states: Of the loaders, changed in place.
+    """
+    for state in states:
+        if _FINISHED in state:
+            state[_FINISHED] = True
+
+
+def restore_parts(trainer: Trainer) -> None:
+    """Restore samplers and data sets inside of loaders now, and not when the iterator is made.
+
+    A ``StatefulDataLoader`` would make two, and draw from the random numbers for both.
+    """
+    for loader in loaders(trainer):
+        if knows_its_position(loader):
+            loader.state_dict()
+
+
 def pass_over(trainer: Trainer, n: int) -> None:
     """Draw the first ``n`` batches of the iterator that was just made, and drop them.
 

@@ -1,6 +1,8 @@
 """Does a resumed run do what the undisturbed one would have done? To the last bit."""
 
+import functools
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -9,7 +11,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lit_callbacks import _ranks
 from lit_callbacks._errors import SetupError
 from lit_callbacks._events import EventLog, run_folder, say
-from lit_callbacks._loader_position import knows_its_position, loaders, pass_over, set_epoch
+from lit_callbacks._loader_position import (
+    finish_epoch,
+    knows_its_position,
+    loaders,
+    pass_over,
+    restore_parts,
+    set_epoch,
+)
 from lit_callbacks._member import Member
 from lit_callbacks._resume_state import (
     add_logged,
@@ -42,6 +51,9 @@ class ExactResume(Member):
       In the middle of an epoch they are put back after the loader's iterator exists, at its start before that.
     - The place in a loader without ``state_dict``: the epoch's order is drawn again, and what was seen is passed over
       by loading it. Samplers are told the epoch before the iterator is made (Lightning issue 21938).
+    - A loader with ``state_dict``, such as torchdata's ``StatefulDataLoader``, goes on from it, also when
+      ``configure_optimizers`` reads ``estimated_stepping_batches`` (issue 20550) and at an epoch's end. Random numbers
+      that are drawn in its workers begin anew in that epoch: it does not save them.
     - Metrics of the module, the sums of logged epoch means, ``callback_metrics``, the step that the loggers count, and
       the row of the last step, which Lightning logs after the checkpoint of that step.
 
@@ -87,15 +99,20 @@ class ExactResume(Member):
         self._set_logged_step: int | None = None
         self._in_batch_end = False
         self._filter: Any = None
+        self._fit_started = False
 
     # ---- before training
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit."""
         super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self._begin()
-            self.events = EventLog(run_folder(trainer))
+        if stage != "fit":
+            return
+        self._begin()
+        self.events = EventLog(run_folder(trainer))
+        load_states = trainer.fit_loop._load_combined_loader_states
+        prepare = functools.partial(self._prepare_iterator, trainer, load_states)
+        trainer.fit_loop._load_combined_loader_states = prepare  # type: ignore[method-assign]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take this rank's part of a checkpoint, if it is one of the same run."""
@@ -127,27 +144,31 @@ class ExactResume(Member):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Be there when the first iterator of this fit is made, which is before any hook of training."""
-        load_states = trainer.fit_loop._load_combined_loader_states
+        """Drop an iterator that knows nothing of the checkpoint."""
+        self._fit_started = True
+        if self._loaded and trainer.fit_loop._combined_loader is not None:
+            # configure_optimizers has read trainer.estimated_stepping_batches: the iterator was made before the
+            # position was loaded, and Lightning 2.6.6 keeps it (issue 20550).
+            trainer.fit_loop._combined_loader.reset()
+            trainer.fit_loop._combined_loader = None
 
-        def before_the_iterator() -> None:
-            self._prepare_iterator(trainer)
-            load_states()
-
-        trainer.fit_loop._load_combined_loader_states = before_the_iterator  # type: ignore[method-assign]
-
-    def _prepare_iterator(self, trainer: Trainer) -> None:
+    def _prepare_iterator(self, trainer: Trainer, load_states: Callable[[], None]) -> None:
+        """Called in place of what loads the loaders' states, right before the first iterator of the fit is made."""
+        if self._loaded and not self._fit_started:
+            return
         self._stage = _stage(trainer) if self._loaded else ""
         mine = self._loaded["mine"] if self._loaded else None
         if self._stage in ("mid_epoch", "epoch_start"):
             set_epoch(trainer, trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         if self._stage == "mid_epoch" and mine and mine["epoch_start"]:
-            self._epoch_start = mine["epoch_start"]
-            set_randomness(trainer, self._epoch_start)
-        elif self._stage == "epoch_start" and mine:
+            set_randomness(trainer, mine["epoch_start"])
+        elif self._stage in ("epoch_start", "epoch_end"):
+            finish_epoch(trainer.fit_loop._combined_loader_states_to_load)
+        self._epoch_start = randomness(trainer)
+        load_states()
+        if self._stage == "epoch_start" and mine:
+            restore_parts(trainer)
             set_randomness(trainer, mine["now"]["randomness"])
-            self._epoch_start = randomness(trainer)
-        else:
             self._epoch_start = randomness(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

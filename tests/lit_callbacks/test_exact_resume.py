@@ -9,11 +9,15 @@ import torch
 import torchmetrics
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from helpers import MemoryLogger, make_trainer, says
 from lit_callbacks import ExactResume, SetupError, VerifiedCheckpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),  # torchdata 0.11 with torch 2.13
+]
 
 
 class Numbers(Dataset):
@@ -131,6 +135,10 @@ LOADERS = {
         Numbers(), 4, shuffle=True, num_workers=workers, generator=torch.Generator().manual_seed(3)
     ),
     "by_epoch": lambda workers: DataLoader(Numbers(), 4, sampler=ByEpoch(), num_workers=workers),
+    "stateful": lambda workers: StatefulDataLoader(  # does not save its workers' random numbers
+        Numbers(augment=workers == 0), 4, shuffle=True, num_workers=workers
+    ),
+    "stateful_by_epoch": lambda workers: StatefulDataLoader(Numbers(), 4, sampler=ByEpoch(), num_workers=workers),
     "endless": lambda workers: DataLoader(Endless(), 4, num_workers=workers),
     "two": lambda workers: {
         "a": DataLoader(Numbers(), 4, shuffle=True, num_workers=workers),
@@ -236,6 +244,26 @@ def test_from_a_save_in_mid_epoch_behind_a_validation_and_at_an_epochs_end(tmp_p
 @pytest.mark.parametrize("every", [4, 10])
 def test_any_loader(tmp_path, loader, every):
     check(tmp_path, loader, "on_train_batch_start", 17, every=every)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("place", PLACES)
+def test_the_grid_with_a_loader_that_knows_its_place(tmp_path, place, workers):
+    save = saving(place, 1)
+    check(tmp_path, "stateful", "on_train_batch_start", 19, save=save, workers=workers)
+
+
+@pytest.mark.parametrize("loader", ["shuffle", "stateful"])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_schedule_that_asks_the_trainer_how_long_it_trains(tmp_path, loader, place, monkeypatch):
+    def configure_optimizers(self):
+        assert self.trainer.estimated_stepping_batches == 30
+        return configure(self)
+
+    configure = Small.configure_optimizers
+    monkeypatch.setattr(Small, "configure_optimizers", configure_optimizers)
+    check(tmp_path, loader, "on_train_batch_start", 19, save=saving(place, 1))
+    check(tmp_path / "first", loader, "on_train_batch_start", 7)
 
 
 @pytest.mark.parametrize("loader", ["shuffle", "augment", "endless", "by_epoch"])

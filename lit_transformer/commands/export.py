@@ -1,22 +1,14 @@
 """``export``: the weights of a checkpoint for others, as safetensors with digests."""
 
 from pathlib import Path
-from typing import Any
-
-from jsonargparse import ArgumentParser
 
 from lit_callbacks import CheckpointError
 from lit_callbacks.checkpointing import export_weights, load_exported, local
 from lit_transformer.commands.checkpoints import locate
+from lit_transformer.commands.parser import CommandParser
 from lit_transformer.errors import UsageError
 from lit_transformer.nn import TransformerConfig
-from lit_transformer.run.config_errors import explain
 from lit_transformer.tasks import LitCausalLM
-
-
-class _Parser(ArgumentParser):
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        raise UsageError(explain(message, [action.dest for action in self._actions])) from ex
 
 
 def main(words: list[str]) -> None:
@@ -25,10 +17,8 @@ def main(words: list[str]) -> None:
     Raises:
         UsageError: For anything wrong in them, or in the checkpoint.
     """
-    parser = _Parser(prog="export", description="Write the weights of a checkpoint as safetensors with digests.")
-    parser.add_argument("--ckpt_path", type=str, default="best", help="A checkpoint; or best or last of --run.")
-    parser.add_argument("--run", type=str | None, default=None, help="Name of a run.")
-    parser.add_argument("--root", type=str, default="runs", help="Where the runs are.")
+    parser = CommandParser(prog="export", description="Write the weights of a checkpoint as safetensors with digests.")
+    parser.add_checkpoint_arguments(default="best")
     parser.add_argument("--to", type=str | None, default=None, help="The new folder.")
     options = parser.parse_args(words)
     if options.to is None:

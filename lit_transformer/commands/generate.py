@@ -3,24 +3,17 @@
 import sys
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 
 from lit_transformer.commands.checkpoints import load_checkpoint, locate
+from lit_transformer.commands.parser import CommandParser
 from lit_transformer.data import LanguageModelingData
 from lit_transformer.data.tokenizer import Tokenizer, from_json
 from lit_transformer.errors import UsageError
 from lit_transformer.nn import generate
 from lit_transformer.nn.generation import check_sampling
-from lit_transformer.run.config_errors import explain
 from lit_transformer.tasks import LitCausalLM
-
-
-class _Parser(ArgumentParser):
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        raise UsageError(explain(message, [action.dest for action in self._actions])) from ex
 
 
 def main(words: list[str]) -> None:
@@ -29,10 +22,8 @@ def main(words: list[str]) -> None:
     Raises:
         UsageError: For anything wrong in them, or in the checkpoint.
     """
-    parser = _Parser(prog="generate", description="Write text from a prompt, as it is sampled.")
-    parser.add_argument("--ckpt_path", type=str, help="A checkpoint; or best or last of --run.")
-    parser.add_argument("--run", type=str | None, default=None, help="Name of a run.")
-    parser.add_argument("--root", type=str, default="runs", help="Where the runs are.")
+    parser = CommandParser(prog="generate", description="Write text from a prompt, as it is sampled.")
+    parser.add_checkpoint_arguments()
     parser.add_argument("--prompt", type=str, default="", help="Text to go on from.")
     parser.add_argument("--max_new_tokens", type=int, default=400, help="Tokens to write.")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token.")

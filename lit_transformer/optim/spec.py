@@ -10,6 +10,14 @@ from typing import Any
 Spec = dict[str, Any]
 
 
+def factory_target(factory: Callable[..., Any]) -> Any:
+    """What a factory calls: a class, if it is one that :func:`factory_spec` takes."""
+    if not isinstance(factory, partial):
+        return factory
+    # jsonargparse puts the class behind its own instantiator: partial(call, instantiator, cls, **init_args).
+    return factory.args[-1] if factory.args else factory.func
+
+
 def factory_spec(factory: Callable[..., Any]) -> Spec:
     """A class, or a class with some arguments filled in, as ``{"class_path": ..., "init_args": {...}}``.
 
@@ -27,12 +35,8 @@ def factory_spec(factory: Callable[..., Any]) -> Spec:
         >>> factory_spec(partial(torch.optim.SGD, lr=0.1))
         {'class_path': 'torch.optim.sgd.SGD', 'init_args': {'lr': 0.1}}
     """
-    keywords: dict[str, Any] = {}
-    target: Any = factory
-    if isinstance(factory, partial):
-        keywords = dict(factory.keywords)
-        # jsonargparse puts the class behind its own instantiator: partial(call, instantiator, cls, **init_args).
-        target = factory.args[-1] if factory.args else factory.func
+    target = factory_target(factory)
+    keywords = dict(factory.keywords) if isinstance(factory, partial) else {}
     if not inspect.isclass(target):
         raise ValueError(
             f"expected a class or functools.partial(a class, name=value, ...), got {factory!r}; "

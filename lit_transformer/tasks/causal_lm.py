@@ -12,7 +12,7 @@ from lit_transformer.errors import UsageError
 from lit_transformer.metrics import BitsPerByte, Perplexity
 from lit_transformer.module import LitTransformer
 from lit_transformer.nn import TransformerConfig
-from lit_transformer.optim import Schedule, WarmupCosine
+from lit_transformer.optim import ParamGroups, Schedule, WarmupCosine
 
 
 class Batch(TypedDict):
@@ -39,6 +39,7 @@ class LitCausalLM(LitTransformer):
         optimizer: Likewise.
         schedule: Likewise.
         target_batch_tokens: Likewise.
+        param_groups: Likewise.
         label_smoothing: Share of the target's probability spread evenly over all V classes, the target's own included,
             as torch defines it: with 0.1 and ten classes the target keeps 0.91 (Szegedy et al. 2016).
 
@@ -63,9 +64,10 @@ class LitCausalLM(LitTransformer):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         schedule: Schedule | None = WarmupCosine(),  # noqa: B008 - frozen
         target_batch_tokens: int | None = None,
+        param_groups: ParamGroups = ParamGroups(),  # noqa: B008 - frozen
         label_smoothing: float = 0.0,
     ) -> None:
-        super().__init__(config, optimizer, schedule, target_batch_tokens)
+        super().__init__(config, optimizer, schedule, target_batch_tokens, param_groups)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
         self.label_smoothing = label_smoothing

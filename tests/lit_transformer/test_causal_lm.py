@@ -3,49 +3,13 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from torch.utils.data import DataLoader
 from torchmetrics.text import Perplexity as ReferencePerplexity
 
 from lit_transformer import LitCausalLM, TransformerConfig, WarmupCosine
 from lit_transformer.errors import UsageError
 from lit_transformer.metrics import BitsPerByte
-
-TINY = TransformerConfig(vocab_size=11, max_length=8, d_model=16, n_layers=2, n_heads=2)
-
-
-class Blocks(LightningDataModule):
-    """A few fixed batches of random ids."""
-
-    block_size = 8
-
-    def __init__(self, batches=6, batch_size=4):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(11, (batches * batch_size, 9), generator=generator)
-        self.samples = [{"input_ids": row[:-1], "targets": row[1:]} for row in ids]
-        self.batch_size = batch_size
-        self.tokens_per_batch = batch_size * 8
-        self.token_bytes = torch.arange(11)
-
-    def train_dataloader(self):
-        return DataLoader(self.samples, batch_size=self.batch_size)
-
-    def val_dataloader(self):
-        return DataLoader(self.samples[:7], batch_size=3)  # batches of 3, 3 and 1
-
-    test_dataloader = predict_dataloader = val_dataloader
-
-
-def trainer(tmp_path, **settings):
-    quiet = {
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "logger": False,
-        "enable_checkpointing": False,
-    }
-    return Trainer(accelerator="cpu", devices=1, default_root_dir=tmp_path, **({"max_epochs": 1} | quiet | settings))
+from tiny_task import TINY, Blocks, trainer
 
 
 def task(**settings):
@@ -123,7 +87,7 @@ def test_the_learning_rate_is_the_schedule_times_lr_at_every_step(tmp_path):
     module = task(schedule=schedule)
     trainer(tmp_path, max_epochs=2, accumulate_grad_batches=4, callbacks=[recorder]).fit(module, Blocks())
     # Six batches in windows of four are two steps an epoch.
-    assert recorder.lr == [[pytest.approx(1e-2 * schedule.factor(step, 4))] * 2 for step in range(4)]
+    assert recorder.lr == [[pytest.approx(1e-2 * schedule.multiplier(step, 4))] * 2 for step in range(4)]
     decay, no_decay = recorder.groups
     assert (decay["name"], decay["weight_decay"], decay["fused"]) == ("decay", 0.01, True)
     assert (no_decay["name"], no_decay["weight_decay"], no_decay["fused"]) == ("no_decay", 0.0, True)
@@ -146,7 +110,7 @@ def test_total_steps_are_those_that_are_made(tmp_path, settings, steps):
     seen = []
 
     class Schedule(WarmupCosine):
-        def factor(self, step, total_steps):
+        def multiplier(self, step, total_steps):
             seen.append(total_steps)
             return 1.0
 
@@ -175,7 +139,7 @@ def test_blocks_longer_than_the_model_takes_are_refused(tmp_path):
 
 def test_target_batch_tokens_derives_accumulation_and_says_so(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("lit_transformer.module.rank_zero_info", said.append)
+    monkeypatch.setattr("lit_transformer.recipe.rank_zero_info", said.append)
     module = task(target_batch_tokens=100)
     run = trainer(tmp_path, limit_val_batches=0)
     run.fit(module, Blocks())
@@ -227,7 +191,7 @@ def test_a_resumed_run_follows_its_own_settings_and_an_extended_one_continues_th
     torch.manual_seed(0)
     longer = LitCausalLM(TINY, partial(torch.optim.AdamW, lr=5e-3, weight_decay=0.2), schedule=schedule)
     trainer(tmp_path, max_epochs=3, callbacks=[recorder]).fit(longer, Blocks(), ckpt_path=tmp_path / "a.ckpt")
-    assert recorder.lr == [[pytest.approx(5e-3 * schedule.factor(step, 18))] * 2 for step in range(6, 18)]
+    assert recorder.lr == [[pytest.approx(5e-3 * schedule.multiplier(step, 18))] * 2 for step in range(6, 18)]
     assert recorder.groups[0]["weight_decay"] == 0.2
     assert recorder.groups[1]["weight_decay"] == 0.0
 

@@ -1,4 +1,4 @@
-"""The command line: ``python cli.py fit|validate|test|predict|generate|export …``."""
+"""The command line: ``python cli.py fit|validate|test|predict|check|plot_schedule|generate|export …``."""
 
 import sys
 from collections.abc import Sequence
@@ -13,6 +13,9 @@ Train transformers that do not blow up.
   validate   evaluate a checkpoint on the validation text
   test       evaluate a checkpoint on the test text
   predict    score every block of the test text, into predictions.csv
+  check      what is wrong with the recipe that fit would train by, and what to do about it
+  plot_schedule
+             the learning rate of each group over the run that fit would make, as a picture
   generate   write text from a prompt
   export     the weights of a checkpoint as safetensors, with digests
 
@@ -58,6 +61,14 @@ def _run(words: list[str]) -> None:
         from lit_transformer.commands.export import main as export
 
         export(words[1:])
+    elif words[0] == "check":
+        from lit_transformer.commands.check import main as check
+
+        check(words[1:])
+    elif words[0] == "plot_schedule":
+        from lit_transformer.commands.plot_schedule import main as plot_schedule
+
+        plot_schedule(words[1:])
     else:
         from lit_transformer.commands.training import run_training_command
 

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.memory import is_oom_error
 
 import lit_callbacks
 from lit_transformer.commands.checkpoints import (
@@ -166,6 +167,10 @@ class TrainingCLI(LightningCLI):
         except lit_callbacks.DivergenceError as error:
             how = "" if self.run is None else resume_command(self.run, self.root, str(self.run.last_good))
             raise TrainingStopped(f"{error}\n  {how}".rstrip()) from error
+        except RuntimeError as error:
+            if not is_oom_error(error):
+                raise
+            raise UsageError(self._room(error)) from error
         except SystemExit as error:
             if self.trainer.interrupted and self.run is not None and subcommand == "fit":
                 _say(f"Stopped at step {self.trainer.global_step}. To go on:\n  {resume_command(self.run, self.root)}")
@@ -175,6 +180,17 @@ class TrainingCLI(LightningCLI):
         finally:
             if self.run is not None:
                 self.run.remove_if_empty()
+
+    def _room(self, error: RuntimeError) -> str:
+        """What to change when memory was not enough."""
+        data, trainer = self.settings.data.get("init_args", {}), self.settings.trainer
+        batch, length = data.get("batch_size", "?"), data.get("block_size", "?")
+        what = str(error).splitlines()[0].rstrip(".")
+        return (
+            f"out of memory: {what}. Three settings make a step smaller: data.init_args.batch_size (it is {batch}; "
+            f"trainer.accumulate_grad_batches keeps the batch), data.init_args.block_size (it is {length}), and "
+            f"trainer.precision (it is {trainer.precision}; bf16-mixed needs less)"
+        )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the default callbacks and, for fit, a run folder."""
@@ -249,9 +265,9 @@ def run_training_command(words: list[str]) -> None:
     Raises:
         UsageError: For anything wrong in the words, the configuration or the files they name.
     """
-    _quieten()
+    quieten()
     if words[0] not in LightningCLI.subcommands():
-        commands = ", ".join([*LightningCLI.subcommands(), "generate", "export"])
+        commands = ", ".join([*LightningCLI.subcommands(), "check", "plot_schedule", "generate", "export"])
         raise UsageError(f"unknown command {words[0]}; the commands are {commands}")
     TrainingCLI(words)
 
@@ -261,7 +277,7 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Leave out what Lightning says to everybody and nobody here can act on."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not record.getMessage().startswith(("💡", "GPU available", "TPU available", "HPU available"))

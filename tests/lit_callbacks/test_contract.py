@@ -44,6 +44,7 @@ OTHER = {
     "ExactResume": {"allow_changes": True},
     "GracefulShutdown": {"grace_seconds": 30.0},
     "Heartbeat": {"every_seconds": 2.0},
+    "RecipeCheck": {"not_learning_after": 2, "silence": ["no-warmup"]},
     "VerifiedCheckpoint": {"every_n_train_steps": 3},
 }
 BAD = {
@@ -78,6 +79,7 @@ BAD = {
     "NonFiniteGuard": [{"patience": 0}],
     "LossCurve": [{"every_n_steps": -1}, {"filename": "folder/name.png"}],
     "ExactResume": [],
+    "RecipeCheck": [{"not_learning_after": 0}, {"silence": ["no"]}],
     "Heartbeat": [{"every_seconds": 0.0}, {"hang_seconds": 0.0}, {"hang_factor": 1.0}],
     "GracefulShutdown": [{"time_limit": 0.0}, {"grace_seconds": 0.0}],
     "VerifiedCheckpoint": [{"save_top_k": 0}, {"max_failures": 0}],

@@ -1,0 +1,88 @@
+"""check and plot_schedule, and what is said when memory is not enough."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lit_transformer import LitCausalLM
+from lit_transformer.cli import main
+from lit_transformer.run.config_files import shipped_configs
+from tiny_config import CONFIG
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """Run a command in a folder with config.yaml and text.txt: code, output and errors."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LIT_TRANSFORMER_RUN", raising=False)
+    Path("config.yaml").write_text(yaml.safe_dump(CONFIG))
+    Path("text.txt").write_text("".join(f"the {i}th line of a text, which is long enough\n" for i in range(500)))
+
+    def run(*words):
+        capsys.readouterr()
+        try:
+            main([str(word) for word in words])
+            code = 0
+        except SystemExit as exit_:
+            code = exit_.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.mark.parametrize("config", shipped_configs(), ids=lambda path: path.stem)
+def test_check_says_nothing_about_what_is_shipped(call, config):
+    code, out, _ = call("check", "--config", config)
+    assert (code, out) == (0, "Nothing is wrong with this recipe that the rules know of.\n")
+    assert not Path("runs").exists()
+
+
+def test_check_names_mistakes_and_what_to_do(call):
+    mistakes = ["--model.init_args.schedule", "null", "--model.init_args.config.norm_placement", "post"]
+    code, out, _ = call("check", "--config", "config.yaml", *mistakes, "--trainer.gradient_clip_val", "null")
+    assert code == 1
+    assert [line.partition(":")[0] for line in out.splitlines()] == [
+        "error post-ln-without-warmup",
+        "warning no-clipping",
+    ]
+    code, out, _ = call("check", "--config", "config.yaml", *mistakes, "--silence", "[post-ln-without-warmup]")
+    assert (code, out) == (0, "Nothing is wrong with this recipe that the rules know of.\n")
+    code, _, error = call("check", "--config", "config.yaml", "--silence", "[warmup]")
+    assert code == 2
+    assert "no finding has the id warmup" in error
+
+
+def test_plot_schedule_draws_every_group_and_prints_where_it_turns(call):
+    schedule = ["--model.init_args.schedule", "lit_transformer.WarmupStableDecay"]
+    schedule += ["--model.init_args.schedule.init_args.warmup", "4", "--model.init_args.schedule.init_args.decay", "5"]
+    code, out, _ = call("plot_schedule", "--config", "config.yaml", *schedule, "--to", "figures/curve.png")
+    assert code == 0
+    assert out.splitlines() == [
+        "20 updates; learning rates of group decay:",
+        "  first update            0   0.0025",
+        "  end of warm-up          4   0.01",
+        "  start of decay         15   0.01",
+        "  last update            19   0.00195",
+        "Picture: figures/curve.png",
+    ]
+    assert Path("figures/curve.png").read_bytes().startswith(b"\x89PNG")
+    code, _, error = call("plot_schedule", "--config", "config.yaml", "--model.init_args.schedule.init_args.warmup", 30)
+    assert code == 2
+    assert "a warm-up of 30 updates is longer than the run of 20" in error
+
+
+def test_out_of_memory_names_three_settings(call, monkeypatch):
+    def training_step(self, batch, batch_idx):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nDetails")
+
+    monkeypatch.setattr(LitCausalLM, "training_step", training_step)
+    code, _, error = call("fit", "--config", "config.yaml", "--run", "a")
+    assert code == 2
+    assert error.rstrip().endswith(
+        "error: out of memory: CUDA out of memory. Tried to allocate 20.00 GiB. Three settings make a step smaller: "
+        "data.init_args.batch_size (it is 4; trainer.accumulate_grad_batches keeps the batch), "
+        "data.init_args.block_size (it is 32), and trainer.precision (it is 32-true; bf16-mixed needs less)"
+    )

@@ -1,4 +1,4 @@
-"""The command line: ``python cli.py fit|validate|test|predict|check|plot_schedule|generate|export …``."""
+"""The command line: ``python cli.py fit|validate|test|predict|check|plot_schedule|lr_find|generate|export …``."""
 
 import sys
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ Train transformers that do not blow up.
   check      what is wrong with the recipe that fit would train by, and what to do about it
   plot_schedule
              the learning rate of each group over the run that fit would make, as a picture
+  lr_find    train at ever higher learning rates for some 200 steps, and suggest one
   generate   write text from a prompt
   export     the weights of a checkpoint as safetensors, with digests
 
@@ -65,6 +66,10 @@ def _run(words: list[str]) -> None:
         from lit_transformer.commands.check import main as check
 
         check(words[1:])
+    elif words[0] == "lr_find":
+        from lit_transformer.commands.lr_find import main as lr_find
+
+        lr_find(words[1:])
     elif words[0] == "plot_schedule":
         from lit_transformer.commands.plot_schedule import main as plot_schedule
 

@@ -267,7 +267,7 @@ def run_training_command(words: list[str]) -> None:
     """
     quieten()
     if words[0] not in LightningCLI.subcommands():
-        commands = ", ".join([*LightningCLI.subcommands(), "check", "plot_schedule", "generate", "export"])
+        commands = ", ".join([*LightningCLI.subcommands(), "check", "plot_schedule", "lr_find", "generate", "export"])
         raise UsageError(f"unknown command {words[0]}; the commands are {commands}")
     TrainingCLI(words)
 

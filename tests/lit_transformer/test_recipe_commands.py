@@ -1,5 +1,6 @@
-"""check and plot_schedule, and what is said when memory is not enough."""
+"""check, plot_schedule and lr_find, and what is said when memory is not enough."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,24 @@ def test_plot_schedule_draws_every_group_and_prints_where_it_turns(call):
     code, _, error = call("plot_schedule", "--config", "config.yaml", "--model.init_args.schedule.init_args.warmup", 30)
     assert code == 2
     assert "a warm-up of 30 updates is longer than the run of 20" in error
+
+
+def test_lr_find_writes_the_curve_and_suggests_what_can_be_pasted(call):
+    quick = ["--min_lr", "1e-4", "--factor", "1.5"]
+    code, out, _ = call("lr_find", "--config", "config.yaml", *quick, "--to", "out/curve.png")
+    assert code == 0
+    said = ("At most", "Curve", "Suggested")  # and the progress bar
+    first, where, suggestion = [line for line in out.splitlines() if line.startswith(said)]
+    assert first == "At most 24 steps, from a learning rate of 0.0001 to 1."
+    assert where == "Curve: out/curve.png and out/curve.csv"
+    assert re.fullmatch(r"Suggested: --model.init_args.optimizer.init_args.lr [\d.e-]+", suggestion)
+    lines = Path("out/curve.csv").read_text().splitlines()
+    assert lines[0] == "lr,loss"
+    assert lines[1].startswith("0.0001,")
+    assert not Path("runs").exists()
+    assert call("check", "--config", "config.yaml", *suggestion.split()[1:])[0] == 0
+    code, _, error = call("lr_find", "--config", "config.yaml", "--factor", "0.5")
+    assert (code, "factor must be above 1, got 0.5" in error) == (2, True)
 
 
 def test_out_of_memory_names_three_settings(call, monkeypatch):

@@ -18,6 +18,7 @@ def test_config_runs_two_steps(path, tmp_path, monkeypatch):
     words = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=1"]
     words += [f"--data.init_args.files={text}", f"--data.init_args.cache_dir={tmp_path / 'cache'}"]
     words += [f"--trainer.default_root_dir={tmp_path}", "--run=a", "--data.init_args.batch_size=2"]
+    words += ["--model.init_args.schedule.init_args.warmup=0.5"]
     main(["fit", "--config", str(path), *words])
     assert (tmp_path / "a" / "checkpoints" / "last.ckpt").exists()
 

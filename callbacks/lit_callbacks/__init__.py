@@ -9,6 +9,7 @@ from lit_callbacks.adaptive_gradient_clipping import AdaptiveGradientClipping
 from lit_callbacks.attention_entropy_monitor import AttentionEntropyMonitor
 from lit_callbacks.checkpointing import CheckpointError
 from lit_callbacks.dead_neuron_detector import DeadNeuronDetector
+from lit_callbacks.early_stopping_with_restore import EarlyStoppingWithRestore
 from lit_callbacks.exact_resume import ExactResume
 from lit_callbacks.graceful_shutdown import GracefulExit, GracefulShutdown
 from lit_callbacks.gradient_norm_logger import GradientNormLogger
@@ -30,6 +31,7 @@ __all__ = [
     "CheckpointError",
     "DeadNeuronDetector",
     "DivergenceError",
+    "EarlyStoppingWithRestore",
     "ExactResume",
     "GracefulExit",
     "GracefulShutdown",

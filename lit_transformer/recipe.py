@@ -107,6 +107,12 @@ class LitRecipe(LightningModule):
         """One optimizer; the schedule steps with it and is logged as ``lr/<group>``."""
         apart = bool(getattr(factory_target(self.optimizer_factory), "hidden_apart", False))
         optimizer = self.optimizer_factory(self.param_groups.build(self, apart))
+        if callable(getattr(optimizer, "eval", None)):
+            raise UsageError(
+                f"{type(optimizer).__name__} trains other weights than it evaluates, so checkpoints and validation "
+                "would have the wrong ones: schedule-free optimizers are not supported. For a run without a fixed "
+                "length, use another one with WarmupConstant or WarmupStableDecay"
+            )
         for group in optimizer.param_groups:
             group["lr"] *= group["lr_scale"] * self._lr_scale
         if isinstance(optimizer, torch.optim.SGD | torch.optim.Adam):

@@ -13,7 +13,8 @@ def step_without_gradients_fault(optimizer: Optimizer) -> str | None:
     """Take one step with gradients and one without, on a toy with the optimizer's class and settings.
 
     Returns:
-        None if the second step changed neither parameters nor state nor groups; otherwise what went wrong, as a clause.
+        None if the second step changed neither parameters nor state; otherwise what went wrong, as a clause. What is
+        counted in the groups can be put back: see :func:`group_settings`.
 
     Example:
         >>> step_without_gradients_fault(torch.optim.AdamW([torch.ones(3)], lr=0.1)) is None
@@ -26,19 +27,21 @@ def step_without_gradients_fault(optimizer: Optimizer) -> str | None:
             parameter.grad = gradient.to_sparse() if isinstance(toy, torch.optim.SparseAdam) else gradient
         # On the class: schedulers patch `step` on the instance. With a closure: Lightning always passes one.
         type(toy).step(toy, closure=lambda: 0.0)
-        before = copy.deepcopy([parameters, list(toy.state.values()), _settings(toy)])
+        before = copy.deepcopy([parameters, list(toy.state.values())])
         for parameter in parameters:
             parameter.grad = None
         type(toy).step(toy, closure=lambda: 0.0)
     except Exception as error:
         return f"it could not be tried on a toy parameter ({type(error).__name__}: {error})"
-    after = [parameters, list(toy.state.values()), _settings(toy)]
+    after = [parameters, list(toy.state.values())]
     return None if _same(before, after) else "it moves parameters or its state when gradients are missing"
 
 
-def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """What is in the groups besides parameters: some optimizers count there."""
-    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+def group_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """What is in the groups besides parameters."""
+    return [
+        {key: copy.copy(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+    ]
 
 
 def _toy(optimizer: Optimizer) -> tuple[Optimizer, list[Tensor]]:

@@ -10,7 +10,7 @@ from lit_callbacks import _ranks
 from lit_callbacks._errors import SetupError
 from lit_callbacks._facts import Reading, facts_of, has_scaler
 from lit_callbacks._names import clean_name
-from lit_callbacks._probe import step_without_gradients_fault
+from lit_callbacks._probe import group_settings, step_without_gradients_fault
 from lit_callbacks._window_actor import WindowActor
 from lit_callbacks.functional import tensor_norms
 from lit_callbacks.protocols import HasSampleIds
@@ -29,6 +29,8 @@ class StepSkipper(WindowActor):
     def __init__(self) -> None:
         super().__init__()
         self._scaler: dict[str, Any] | None = None
+        self._hook: Any = None
+        self._settings: list[dict[str, Any]] = []
 
     def keeps_batches(self, trainer: Trainer) -> bool:
         """Where their samples can be named."""
@@ -54,17 +56,40 @@ class StepSkipper(WindowActor):
     def skip(self, trainer: Trainer, optimizer: Optimizer, reading: Reading) -> None:
         """Make the coming step change nothing: neither weights nor anything that its forward passes have touched."""
         self.window.undo(optimizer)
+        self.keep_settings(optimizer)
+        if hasattr(optimizer, "register_step_post_hook"):
+            # Before a scheduler sets the next learning rate.
+            self._hook = optimizer.register_step_post_hook(lambda optimizer, *_: self._put_settings_back(optimizer))
         # The scaler counts this step after us. Where only the gradient overflowed, it has to: that is its search.
         if has_scaler(trainer) and not (reading.finite and not math.isfinite(reading.grad_norm)):
             self._scaler = trainer.precision_plugin.state_dict()
+
+    def keep_settings(self, optimizer: Optimizer) -> None:
+        """What the groups say now is what they will say after the step: some optimizers count their steps there."""
+        self._settings = group_settings(optimizer)
+
+    def _put_settings_back(self, optimizer: Optimizer) -> None:
+        for group, before in zip(optimizer.param_groups, self._settings, strict=True):
+            group.update(before)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Put the scaler back, which has counted a skipped step by now."""
+        self._unhook()
         if self._scaler is not None:
             trainer.precision_plugin.load_state_dict(self._scaler)
             self._scaler = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook behind."""
+        super().on_exception(trainer, pl_module, exception)
+        self._unhook()
+
+    def _unhook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def describe(self, trainer: Trainer, pl_module: LightningModule, reading: Reading) -> dict[str, Any]:
         """What is known about a bad step: its numbers, its samples on all ranks, and where it is not finite."""

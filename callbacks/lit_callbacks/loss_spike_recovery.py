@@ -234,6 +234,7 @@ class LossSpikeRecovery(StepSkipper):
             self._report.advise(step)
         else:
             self._go_back(trainer, pl_module, decision, event)
+            self.keep_settings(optimizer)
 
     def _exclude(self, trainer: Trainer, decision: Decision, event: dict[str, Any]) -> None:
         """Never again draw samples whose loss is not finite on healthy weights."""

@@ -61,7 +61,8 @@ class RecipeCheck(Member):
         """Find the run folder."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self.events = EventLog(run_folder(trainer))
+            trial = trainer.fast_dev_run  # type: ignore[attr-defined]
+            self.events = EventLog(None if trial else run_folder(trainer))
             if trainer.global_step == 0:
                 self._progress, self._said = LearningProgress(), list(self.silence or [])
 

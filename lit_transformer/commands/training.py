@@ -41,7 +41,7 @@ from lit_transformer.run.saved_config import SavedConfig
 # A callback's top-level key: LossSpikeRecovery is loss_spike_recovery.
 _DEFAULT_CALLBACKS = {
     re.sub(r"(?<!^)(?=[A-Z])", "_", type(callback).__name__).lower(): type(callback)
-    for callback in lit_callbacks.recommended()
+    for callback in [*lit_callbacks.recommended(), lit_callbacks.RecipeCheck()]
 }
 
 
@@ -58,7 +58,7 @@ class OneParagraphParser(LightningArgumentParser):
 class TrainingCLI(LightningCLI):
     """Model, data, trainer, default callbacks and run folder from one configuration.
 
-    The callbacks of :func:`lit_callbacks.recommended` are top-level keys, so that a configuration can set or, with
+    The callbacks of :func:`lit_callbacks.recommended`, and RecipeCheck, are top-level keys, so that a configuration can set or, with
     null, leave out each of them without repeating the others.
     """
 

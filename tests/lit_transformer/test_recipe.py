@@ -4,6 +4,7 @@ import math
 from functools import partial
 
 import pytest
+import pytorch_optimizer
 import torch
 from lightning.pytorch.callbacks import Callback, LearningRateFinder
 
@@ -38,6 +39,9 @@ def task(optimizer=torch.optim.AdamW, lr=1e-2, **settings):
         torch.optim.NAdam,
         torch.optim.Adafactor,
         MuonAdamW,
+        pytorch_optimizer.Lamb,
+        pytorch_optimizer.Lion,
+        pytorch_optimizer.SOAP,
     ],
 )
 def test_any_optimizer_trains_under_the_default_callbacks_and_is_resumed(tmp_path, optimizer):
@@ -54,6 +58,11 @@ def test_any_optimizer_trains_under_the_default_callbacks_and_is_resumed(tmp_pat
     whole = task(optimizer, schedule=None)
     assert all(p.isfinite().all() for p in again.parameters())
     assert whole.learning_rate == 1e-2
+
+
+def test_schedule_free_optimizers_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="ScheduleFreeAdamW trains other weights than it evaluates"):
+        trainer(tmp_path, max_steps=2).fit(task(pytorch_optimizer.ScheduleFreeAdamW), Blocks())
 
 
 def test_layers_learn_at_their_own_rates(tmp_path):

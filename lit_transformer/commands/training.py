@@ -58,8 +58,8 @@ class OneParagraphParser(LightningArgumentParser):
 class TrainingCLI(LightningCLI):
     """Model, data, trainer, default callbacks and run folder from one configuration.
 
-    The callbacks of :func:`lit_callbacks.recommended`, and RecipeCheck, are top-level keys, so that a configuration can set or, with
-    null, leave out each of them without repeating the others.
+    The callbacks of :func:`lit_callbacks.recommended`, and RecipeCheck, are top-level keys, so that a configuration can
+    set or, with null, leave out each of them without repeating the others.
     """
 
     def __init__(self, words: list[str]) -> None:

@@ -46,18 +46,25 @@ class RangeCurve:
 
 
 def suggest(rates: Sequence[float], losses: Sequence[float]) -> float | None:
-    """A tenth of the rate at which the smoothed loss is lowest.
+    """The middle, on a logarithmic scale, between the rate of the steepest fall and a tenth of that of the lowest loss.
 
-    Beyond the lowest point the rate is already so high that the loss grows; a run makes far more steps than the test,
-    so it needs room.
+    The first is what Lightning's and fastai's finders suggest, the second what people go by; in
+    ``benchmarks/lr_sweep.py`` the first is too low for a run that long, and the second too high.
+
+    Args:
+        rates: Ascending, each the same factor above the one before.
+        losses: Smoothed.
 
     Example:
-        >>> suggest([0.1, 0.2, 0.4, 0.8], [3.0, 2.0, 1.0, 5.0])
-        0.04
+        >>> round(suggest([0.1, 0.2, 0.4, 0.8, 1.6], [3.0, 2.8, 2.0, 1.9, 5.0]), 4)
+        0.1265
     """
-    if not losses or min(losses) > 0.99 * losses[0]:
+    if len(losses) < 3 or min(losses) > 0.99 * losses[0]:
         return None
-    return rates[losses.index(min(losses))] / 10
+    lowest = losses.index(min(losses))
+    falls = [losses[i - 1] - losses[i + 1] for i in range(1, len(losses) - 1)]
+    steepest = 1 + falls.index(max(falls))
+    return math.sqrt(rates[steepest] * rates[lowest] / 10)
 
 
 class RangeTest(Callback):

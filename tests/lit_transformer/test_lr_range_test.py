@@ -1,5 +1,6 @@
 """The range test: the rates it sets, what it measures, where it stops."""
 
+import math
 from functools import partial
 
 import pytest
@@ -77,7 +78,8 @@ def test_groups_keep_their_ratios_and_the_schedule_does_not_count(tmp_path):
 def test_the_suggestion():
     assert suggest([1e-3, 1e-2, 1e-1], [2.0, 2.0, 2.0]) is None
     assert RangeCurve().suggestion() is None
-    assert RangeCurve([1e-3, 1e-2, 1e-1, 1.0], [5.0, 1.0, 1.0, 9.0]).suggestion() == pytest.approx(1e-2)
+    falls_at_the_second = [5.0, 4.0, 1.0, 0.9, 9.0]
+    assert suggest([1e-3, 1e-2, 1e-1, 1.0, 10.0], falls_at_the_second) == pytest.approx(math.sqrt(1e-2 * 1e-1))
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ class RecipeCheck(Member):
 
     State: how the labels are distributed, the last losses, and what has been said.
 
-    Cost: before the first step, up to two seconds of reading samples; on a step, the loss is kept (1 µs).
+    Cost: before the first step, some seconds of reading samples; on a step, the loss is kept (1 µs).
 
     Example:
         >>> RecipeCheck(silence=["no-clipping"]).not_learning_after

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from helpers import make_trainer
 from lit_callbacks import RecipeCheck
-from lit_callbacks.recipe import IDS, learning_rates, optimization_rules
+from lit_callbacks.recipe import IDS, data_rules, finding, learning_rates, optimization_rules
 from lit_callbacks.recipe.plan import Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
@@ -88,7 +88,7 @@ def found(tmp_path, module, train=None, val=None, steps=1, **options):
     trainer = make_trainer(**{**settings, **options})
     stop_after(trainer, steps)
     trainer.fit(module, train, val)
-    return {finding.id for finding in check.findings}
+    return {f.id for f in check.findings}
 
 
 def stop_after(trainer, steps):
@@ -218,6 +218,37 @@ def test_overlapping_subsets(tmp_path):
     assert found(tmp_path, Model(), *loaders) == {"validation-in-training"}
     loaders = DataLoader(train, 4, shuffle=True), DataLoader(Subset(data, range(100, 120)), 4)
     assert found(tmp_path, Model(), *loaders) == set()
+
+
+class OpensLate(Tokens):
+    """Opens something at the first sample, as people do with HDF5 files."""
+
+    opened = False
+
+    def __getitem__(self, i):
+        self.opened = True
+        return super().__getitem__(i)
+
+
+def test_data_sets_are_read_through_a_copy(tmp_path):
+    train, val = OpensLate(), OpensLate(20, seed=1)
+    trainer = make_trainer(max_steps=0, default_root_dir=tmp_path)
+    plan = SimpleNamespace(
+        trainer=trainer, train_loaders=[DataLoader(train)], val_loaders=[DataLoader(Subset(val, range(10)))]
+    )
+    assert not list(data_rules.validation_in_training(plan))
+    assert not train.opened
+    assert not val.opened
+
+
+def test_a_rule_that_cannot_be_asked_is_said_and_stops_nothing(tmp_path, monkeypatch, caplog):
+    def unreadable(plan):
+        raise OSError("no such file")
+        yield
+
+    monkeypatch.setitem(finding._RULES, "labels-ignored", ("error", unreadable))
+    assert found(tmp_path, Model()) == {"labels-ignored"}
+    assert "note labels-ignored: This rule could not be asked (OSError: no such file)" in caplog.text
 
 
 def test_silenced_by_id(tmp_path):

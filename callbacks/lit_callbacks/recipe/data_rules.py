@@ -1,5 +1,6 @@
 """Rules about the data."""
 
+import copy
 import hashlib
 import itertools
 import time
@@ -16,7 +17,7 @@ from lit_callbacks.recipe.plan import Plan, labels_of
 Found = Iterator[tuple[str, str]]
 
 _SAMPLES = 200  # of the validation data, and of labels
-_SECONDS = 2.0  # of reading training data; where a sample is decoded, that is some hundred of them
+_SECONDS = 2.0  # of reading; where a sample is decoded, that is some hundred of them
 _IGNORED = -100
 
 
@@ -55,25 +56,32 @@ def labels_ignored(plan: Plan) -> Found:
         labels = [labels_of(sample) for sample in samples]
         known = [label for label in labels if label is not None and not label.is_floating_point()]
         if known and all(bool((label == _IGNORED).all()) for label in known):
-            yield (
-                f"All labels of the first {len(known)} samples are {_IGNORED}, which is ignored.",
-                "Look at the masking.",
-            )
+            text = f"All labels of {len(known)} samples are {_IGNORED}, which is ignored."
+            yield text, "Look at how labels are masked."
             return
 
 
 def _datasets(loaders: list[Any]) -> list[Any]:
-    """Data sets that can be indexed, of loaders that have one."""
+    """Data sets that can be indexed by number, of loaders that have one."""
     found = [getattr(loader, "dataset", None) for loader in loaders]
-    return [
-        d for d in found if d is not None and not isinstance(d, IterableDataset) and hasattr(type(d), "__getitem__")
-    ]
+    return [d for d in found if hasattr(type(d), "__getitem__") and hasattr(type(d), "__len__")]
+
+
+def _own(dataset: Any) -> Any:
+    """A shallow copy to read from: loader workers must not inherit a file that is opened at the first sample."""
+    own = copy.copy(dataset)
+    if isinstance(own, Subset):
+        own.dataset = _own(own.dataset)
+    return own
 
 
 def _samples(dataset: Any) -> Iterator[Any]:
-    """Some samples, spread over a data set."""
-    length = len(dataset)
-    yield from (dataset[i] for i in range(0, length, max(1, length // _SAMPLES)))
+    """Some samples, spread over a data set, as many as can be read in two seconds."""
+    own, length, until = _own(dataset), len(dataset), time.monotonic() + _SECONDS
+    for i in range(0, length, max(1, length // _SAMPLES)):
+        yield own[i]
+        if time.monotonic() > until:
+            return
 
 
 def _shared(train: Any, val: Any) -> str:
@@ -85,9 +93,9 @@ def _shared(train: Any, val: Any) -> str:
     if isinstance(val, Subset) and val.dataset is train:
         return "All"
     wanted = {_digest(sample) for sample in _samples(val)}
-    found, until = set(), time.monotonic() + _SECONDS
+    own, found, until = _own(train), set(), time.monotonic() + _SECONDS
     for i in range(len(train)):
-        found |= {_digest(train[i])} & wanted
+        found |= {_digest(own[i])} & wanted
         if time.monotonic() > until:
             break
     # Texts repeat themselves: some of the shortest are in every split.

@@ -21,12 +21,8 @@ def high_dropout(plan: Plan) -> Found:
     }
     if high:
         name, p = next(iter(high.items()))
-        yield (
-            f"Dropout is {p:g} in {name} and {len(high) - 1} others."
-            if len(high) > 1
-            else f"Dropout is {p:g} in {name}.",
-            ("0 to 0.1 is usual, up to 0.3 with little data."),
-        )
+        others = f" and {len(high) - 1} others" if len(high) > 1 else ""
+        yield f"Dropout is {p:g} in {name}{others}.", "0 to 0.1 is usual, up to 0.3 with little data."
 
 
 @rule("batchnorm", "warning")

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import pytorch_optimizer
 import torch
-from lightning.pytorch.callbacks import Callback, LearningRateFinder
+from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder
 
 from lit_callbacks import VerifiedCheckpoint, recommended
 from lit_transformer import LitCausalLM, MuonAdamW, Override, ParamGroups, WarmupConstant, WarmupPlateau
@@ -166,3 +166,33 @@ def test_lightnings_finder_leaves_groups_and_schedule_as_they_are(tmp_path):
     assert min(rates.seen[-1]) == pytest.approx(found / 8)
     assert max(rates.seen[-4]) == pytest.approx(found / 2)
     assert math.isfinite(found)
+
+
+class NeedsRoom(LitCausalLM):
+    """Has room for five samples."""
+
+    def training_step(self, batch, batch_idx):
+        if len(batch["input_ids"]) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:The number of training batches")
+def test_lightnings_batch_size_finder_finds_what_fits_and_begins_anew(tmp_path):
+    torch.manual_seed(0)
+    module, data = (
+        NeedsRoom(TINY, partial(torch.optim.AdamW, lr=1e-2), WarmupConstant(2)),
+        Blocks(batch_size=1, batches=24),
+    )
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    first = {}
+
+    class Look(Callback):
+        def on_train_start(self, trainer, pl_module):
+            first.update({name: p.detach().clone() for name, p in pl_module.named_parameters()})
+
+    finder = BatchSizeFinder(mode="power", steps_per_trial=1, init_val=1)
+    run = trainer(tmp_path, max_steps=3, callbacks=[finder, Look()], enable_checkpointing=True, limit_val_batches=0)
+    run.fit(module, data)
+    assert (data.batch_size, run.global_step) == (4, 3)
+    assert all(torch.equal(first[name], value) for name, value in before.items())

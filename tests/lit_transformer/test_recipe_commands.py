@@ -56,6 +56,16 @@ def test_check_names_mistakes_and_what_to_do(call):
     assert "no finding has the id warmup" in error
 
 
+def test_check_can_learn_one_batch_by_heart(call):
+    wide = ["--config", "config.yaml", "--model.init_args.config.d_model", "64", "--overfit_steps", "60"]
+    code, out, _ = call("check", *wide)
+    assert code == 0
+    assert re.fullmatch(r"One batch, 60 steps: the loss goes from 5\.\d+ to [01]\.\d+\.", out.splitlines()[0])
+    code, out, _ = call("check", *wide, "--model.init_args.optimizer.init_args.lr", "1e-6")
+    assert code == 1
+    assert "error overfit-one-batch: After 60 steps on one batch the loss is 5." in out
+
+
 def test_plot_schedule_draws_every_group_and_prints_where_it_turns(call):
     schedule = ["--model.init_args.schedule", "lit_transformer.WarmupStableDecay"]
     schedule += ["--model.init_args.schedule.init_args.warmup", "4", "--model.init_args.schedule.init_args.decay", "5"]

@@ -13,6 +13,7 @@ from lit_callbacks.early_stopping_with_restore import EarlyStoppingWithRestore
 from lit_callbacks.exact_resume import ExactResume
 from lit_callbacks.graceful_shutdown import GracefulExit, GracefulShutdown
 from lit_callbacks.gradient_norm_logger import GradientNormLogger
+from lit_callbacks.gradual_unfreezing import GradualUnfreezing
 from lit_callbacks.heartbeat import Heartbeat
 from lit_callbacks.loss_curve import LossCurve
 from lit_callbacks.loss_spike_recovery import LossSpikeRecovery
@@ -36,6 +37,7 @@ __all__ = [
     "GracefulExit",
     "GracefulShutdown",
     "GradientNormLogger",
+    "GradualUnfreezing",
     "Heartbeat",
     "LossCurve",
     "LossSpikeRecovery",

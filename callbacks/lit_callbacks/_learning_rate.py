@@ -1,8 +1,12 @@
 """A learning rate that one optimizer step sees, and no schedule."""
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch.optim import Optimizer
+
+_NORMAL: "WeakKeyDictionary[Optimizer, list[float]]" = WeakKeyDictionary()
+"""The learning rates of steps under way, which several callbacks may lower: all put back the same."""
 
 
 def lower_learning_rate(optimizer: Optimizer, factor: float, has_scaler: bool) -> list[Any]:
@@ -17,8 +21,8 @@ def lower_learning_rate(optimizer: Optimizer, factor: float, has_scaler: bool) -
     """
     if factor == 1:
         return []
-    handles: list[Any] = []
-    normal = [group["lr"] for group in optimizer.param_groups]
+    handles: list[Any] = [_Forget(optimizer)]
+    normal = _NORMAL.setdefault(optimizer, [group["lr"] for group in optimizer.param_groups])
 
     def lower(*_: Any) -> None:
         for group in optimizer.param_groups:
@@ -27,6 +31,7 @@ def lower_learning_rate(optimizer: Optimizer, factor: float, has_scaler: bool) -
     def put_back(*_: Any) -> None:
         for group, lr in zip(optimizer.param_groups, normal, strict=True):
             group["lr"] = lr
+        _NORMAL.pop(optimizer, None)
 
     if has_scaler:
         handles.append(optimizer.register_step_pre_hook(lower))
@@ -34,3 +39,13 @@ def lower_learning_rate(optimizer: Optimizer, factor: float, has_scaler: bool) -
         lower()
     handles.append(optimizer.register_step_post_hook(put_back))
     return handles
+
+
+class _Forget:
+    """Removed with the hooks, also of a step that never came."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def remove(self) -> None:
+        _NORMAL.pop(self.optimizer, None)

@@ -44,6 +44,7 @@ OTHER = {
     "EarlyStoppingWithRestore": {"patience": 3},
     "ExactResume": {"allow_changes": True},
     "GracefulShutdown": {"grace_seconds": 30.0},
+    "GradualUnfreezing": {"epochs": [1]},
     "Heartbeat": {"every_seconds": 2.0},
     "RecipeCheck": {"not_learning_after": 2, "silence": ["no-warmup"]},
     "VerifiedCheckpoint": {"every_n_train_steps": 3},
@@ -83,6 +84,7 @@ BAD = {
     "ExactResume": [],
     "RecipeCheck": [{"not_learning_after": 0}, {"silence": ["no"]}],
     "Heartbeat": [{"every_seconds": 0.0}, {"hang_seconds": 0.0}, {"hang_factor": 1.0}],
+    "GradualUnfreezing": [{"stages": []}, {"epochs": [0]}, {"lr_scales": [1.0]}],
     "GracefulShutdown": [{"time_limit": 0.0}, {"grace_seconds": 0.0}],
     "VerifiedCheckpoint": [{"save_top_k": 0}, {"max_failures": 0}],
 }
@@ -143,7 +145,8 @@ def test_arguments_have_defaults_plain_annotations_and_attributes_of_their_name(
     for name, parameter in inspect.signature(cls).parameters.items():
         assert getattr(callback, name) == parameter.default
     hints = typing.get_type_hints(cls.__init__)
-    plain = {int, float, str, bool, type(None), str | None, float | None, list[str] | None, SpikeRule | None}
+    plain = {int, float, str, bool, type(None), str | None, float | None, SpikeRule | None}
+    plain |= {list[str] | None, list[int] | None, list[float] | None}
     assert set(hints.values()) <= plain
 
 

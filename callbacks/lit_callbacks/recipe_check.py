@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lit_callbacks._events import EventLog, run_folder, say
 from lit_callbacks._member import Member
 from lit_callbacks.recipe import IDS, Finding, check
-from lit_callbacks.recipe.plan import labels_of
+from lit_callbacks.recipe.plan import Plan, labels_of
 from lit_callbacks.recipe.progress import LearningProgress
 
 _GAP = 1.2
@@ -23,7 +23,8 @@ class RecipeCheck(Member):
     parameters that nobody trains. It reads trainer, optimizers and data sets, of any LightningModule.
 
     While it learns, once each: ``not-learning``, when after ``not_learning_after`` steps the loss is still that of
-    guessing labels by their frequency; ``generalization-gap``, when the validation loss is 1.2 times the training loss.
+    guessing labels by their frequency; ``generalization-gap``, when the validation loss is 1.2 times the training loss;
+    ``lr-zero``, when the learning rate has come to 0 before the end.
 
     Findings go to the console and to ``events.jsonl``; nothing is stopped.
 
@@ -56,6 +57,7 @@ class RecipeCheck(Member):
         self.events = EventLog()
         self._progress = LearningProgress()
         self._said: list[str] = list(silence or [])
+        self._steps, self._last_steps = 0, 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the run folder."""
@@ -69,6 +71,9 @@ class RecipeCheck(Member):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask all rules."""
         self.findings = check(trainer, pl_module, self.silence or ())
+        self._said += [finding.id for finding in self.findings if finding.id == "lr-zero"]
+        self._steps = Plan(trainer, pl_module).steps or 0
+        self._last_steps = 0.99 * self._steps - 1  # many schedules end at 0 with the run
         for finding in self.findings:
             self._say(trainer, finding)
 
@@ -76,6 +81,7 @@ class RecipeCheck(Member):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the loss; judge it once."""
+        self._look_at_rates(trainer)
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if "not-learning" in self._said or not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             return
@@ -93,6 +99,18 @@ class RecipeCheck(Member):
                 )
                 self.findings.append(finding)
                 self._say(trainer, finding)
+
+    def _look_at_rates(self, trainer: Trainer) -> None:
+        """A schedule that has come to 0 long before the end."""
+        if "lr-zero" in self._said or trainer.global_step >= self._last_steps:
+            return
+        rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        if rates and not any(rates):
+            self._said.append("lr-zero")
+            text = f"The learning rate is 0 from step {trainer.global_step} on, and the run has {self._steps}."
+            finding = Finding("lr-zero", "error", text, "Make the schedule as long as the run.")
+            self.findings.append(finding)
+            self._say(trainer, finding)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare with the training loss, where both are known."""

@@ -346,6 +346,25 @@ def test_the_gap_between_training_and_validation(tmp_path):
     assert found(tmp_path, Memorised(), *loaders, steps=40) == {"generalization-gap"}
 
 
+def test_a_schedule_that_is_over_before_the_run(tmp_path):
+    def short(self):
+        optimizer = torch.optim.AdamW(self.groups(), lr=1e-3)
+        scheduler = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 3) * max(0.0, 1 - step / 20))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    assert found(tmp_path, optimized(short)(), steps=19) == set()
+    assert found(tmp_path, optimized(short)(), steps=30) == {"lr-zero"}
+
+
+def test_a_schedule_that_ends_at_zero_with_the_run(tmp_path):
+    def whole(self):
+        optimizer = torch.optim.AdamW(self.groups(), lr=1e-3)
+        scheduler = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 3) * max(0.0, 1 - step / STEPS))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    assert found(tmp_path, optimized(whole)(), steps=STEPS) == set()
+
+
 # ---- the curve
 
 

@@ -39,7 +39,8 @@ class LitRecipe(LightningModule):
     Raises:
         ValueError: If ``optimizer`` is not a class or a partial of one.
         UsageError: At the start of fit, if the length of the run is unknown, if ``target_batch_tokens`` and
-            ``accumulate_grad_batches`` are both given, if a pattern matches no parameter, or nothing is trainable.
+            ``accumulate_grad_batches`` are both given, if a pattern matches no parameter, nothing is trainable, or the
+            optimizer refuses a value.
     """
 
     def __init__(
@@ -106,7 +107,11 @@ class LitRecipe(LightningModule):
     def configure_optimizers(self) -> Any:
         """One optimizer; the schedule steps with it and is logged as ``lr/<group>``."""
         apart = bool(getattr(factory_target(self.optimizer_factory), "hidden_apart", False))
-        optimizer = self.optimizer_factory(self.param_groups.build(self, apart))
+        groups = self.param_groups.build(self, apart)
+        try:
+            optimizer = self.optimizer_factory(groups)
+        except ValueError as error:
+            raise UsageError(f"{factory_target(self.optimizer_factory).__name__}: {error}") from None
         if callable(getattr(optimizer, "eval", None)):
             raise UsageError(
                 f"{type(optimizer).__name__} trains other weights than it evaluates, so checkpoints and validation "
@@ -124,9 +129,7 @@ class LitRecipe(LightningModule):
         self._start_plateau(max(group["lr"] for group in optimizer.param_groups))
         steps = total_steps(self.trainer)
         try:
-            self._multiplier(
-                0, steps
-            )  # a warm-up that does not fit into the run is refused here, before the first step
+            self._multiplier(0, steps)  # what does not fit into the run is refused here, before the first step
         except ValueError as error:
             raise UsageError(str(error)) from None
         scheduler = LambdaLR(optimizer, lambda step: self._multiplier(step, steps))

@@ -13,8 +13,8 @@ def step_without_gradients_fault(optimizer: Optimizer) -> str | None:
     """Take one step with gradients and one without, on a toy with the optimizer's class and settings.
 
     Returns:
-        None if the second step changed neither parameters nor state; otherwise what went wrong, as a clause. What is
-        counted in the groups can be put back: see :func:`group_settings`.
+        None if the second step changed neither parameters, state nor learning rates; otherwise what went wrong, as a
+        clause. What else is counted in the groups can be put back: see :func:`group_settings`.
 
     Example:
         >>> step_without_gradients_fault(torch.optim.AdamW([torch.ones(3)], lr=0.1)) is None
@@ -27,21 +27,26 @@ def step_without_gradients_fault(optimizer: Optimizer) -> str | None:
             parameter.grad = gradient.to_sparse() if isinstance(toy, torch.optim.SparseAdam) else gradient
         # On the class: schedulers patch `step` on the instance. With a closure: Lightning always passes one.
         type(toy).step(toy, closure=lambda: 0.0)
-        before = copy.deepcopy([parameters, list(toy.state.values())])
+        before = copy.deepcopy([parameters, list(toy.state.values()), _rates(toy)])
         for parameter in parameters:
             parameter.grad = None
         type(toy).step(toy, closure=lambda: 0.0)
     except Exception as error:
         return f"it could not be tried on a toy parameter ({type(error).__name__}: {error})"
-    after = [parameters, list(toy.state.values())]
+    after = [parameters, list(toy.state.values()), _rates(toy)]
     return None if _same(before, after) else "it moves parameters or its state when gradients are missing"
 
 
 def group_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """What is in the groups besides parameters."""
+    """What is in the groups besides parameters and learning rates, which schedules and other callbacks set."""
     return [
-        {key: copy.copy(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+        {key: copy.copy(value) for key, value in group.items() if key not in ("params", "lr")}
+        for group in optimizer.param_groups
     ]
+
+
+def _rates(optimizer: Optimizer) -> list[Any]:
+    return [group.get("lr") for group in optimizer.param_groups]
 
 
 def _toy(optimizer: Optimizer) -> tuple[Optimizer, list[Tensor]]:

@@ -70,11 +70,10 @@ class RecipeCheck(Member):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask all rules."""
-        self.findings = check(trainer, pl_module, self.silence or ())
-        self._said += [finding.id for finding in self.findings if finding.id == "lr-zero"]
+        self.findings = []
         self._steps = Plan(trainer, pl_module).steps or 0
         self._last_steps = 0.99 * self._steps - 1  # many schedules end at 0 with the run
-        for finding in self.findings:
+        for finding in check(trainer, pl_module, self.silence or ()):
             self._say(trainer, finding)
 
     def on_train_batch_end(
@@ -83,22 +82,26 @@ class RecipeCheck(Member):
         """Keep the loss; judge it once."""
         self._look_at_rates(trainer)
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if "not-learning" in self._said or not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        if {"not-learning", "generalization-gap"} <= set(self._said):
+            return
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             return
         accumulated = trainer.accumulate_grad_batches  # Lightning has divided the loss by it
         self._progress.add(loss.detach().reshape(()) * accumulated, labels_of(batch))
-        if trainer.global_step >= self.not_learning_after:
-            self._said.append("not-learning")
+        if trainer.global_step >= self.not_learning_after and "not-learning" not in self._said:
+            self._said.append("not-learning")  # asked once
             if self._progress.has_not_begun():
-                finding = Finding(
-                    "not-learning",
-                    "warning",
-                    f"After {trainer.global_step} steps the loss is {self._progress.recent_loss():.3f}, and guessing "
-                    f"labels by their frequency has {self._progress.unigram_entropy():.3f}: nothing is learned.",
-                    "Look at warm-up and learning rate; with post-LN, use pre-LN.",
+                loss_now, entropy = self._progress.recent_loss(), self._progress.unigram_entropy()
+                self._say(
+                    trainer,
+                    Finding(
+                        "not-learning",
+                        "warning",
+                        f"After {trainer.global_step} steps the loss is {loss_now:.3f}, and guessing labels by their "
+                        f"frequency has {entropy:.3f}: nothing is learned.",
+                        "Look at warm-up and learning rate; with post-LN, use pre-LN.",
+                    ),
                 )
-                self.findings.append(finding)
-                self._say(trainer, finding)
 
     def _look_at_rates(self, trainer: Trainer) -> None:
         """A schedule that has come to 0 long before the end."""
@@ -106,11 +109,8 @@ class RecipeCheck(Member):
             return
         rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
         if rates and not any(rates):
-            self._said.append("lr-zero")
             text = f"The learning rate is 0 from step {trainer.global_step} on, and the run has {self._steps}."
-            finding = Finding("lr-zero", "error", text, "Make the schedule as long as the run.")
-            self.findings.append(finding)
-            self._say(trainer, finding)
+            self._say(trainer, Finding("lr-zero", "error", text, "Make the schedule as long as the run."))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare with the training loss, where both are known."""
@@ -119,13 +119,14 @@ class RecipeCheck(Member):
             return
         train = self._progress.recent_loss()
         if float(val) > _GAP * train > 0:
-            self._said.append("generalization-gap")
             text = f"The validation loss is {float(val):.3f}, the training loss {train:.3f}."
-            finding = Finding("generalization-gap", "note", text, "More data, dropout or decay, or an earlier stop.")
-            self.findings.append(finding)
-            self._say(trainer, finding)
+            self._say(
+                trainer, Finding("generalization-gap", "note", text, "More data, dropout or decay, or an earlier stop.")
+            )
 
     def _say(self, trainer: Trainer, finding: Finding) -> None:
+        self.findings.append(finding)
+        self._said.append(finding.id)
         say(str(finding))
         self.events.write(step=trainer.global_step, event="recipe", **vars(finding))
 

@@ -69,15 +69,8 @@ class OneBatch(Callback):
 def _overfit(words: list[str], steps: int) -> Iterator[Finding]:
     """A model, a loss and labels that belong together can learn one batch by heart."""
     visitor = OneBatch()
-    short = [
-        "--trainer.max_steps",
-        str(steps),
-        "--trainer.limit_val_batches",
-        "0",
-        "--model.init_args.schedule",
-        "null",
-    ]
-    PreparedCLI([*words, *short, "--trainer.enable_progress_bar", "false"], _options, visitor).start()
+    short = f"--trainer.max_steps {steps} --trainer.limit_val_batches 0 --trainer.enable_progress_bar false"
+    PreparedCLI([*words, *short.split(), "--model.init_args.schedule", "null"], _options, visitor).start()
     first, last = visitor.losses[0], visitor.losses[-1]
     print(f"One batch, {steps} steps: the loss goes from {first:.3f} to {last:.3f}.")
     if not last < _LEARNED * first:

@@ -82,10 +82,10 @@ class Plateau:
     def state_dict(self) -> dict[str, Any]:
         """Everything it has learned from the metric."""
         names = ("best", "num_bad_epochs", "last_epoch")
-        return {"lr": self.scale * self.peak_lr, **{name: getattr(self._judge, name) for name in names}}
+        return {"scale": self.scale, **{name: getattr(self._judge, name) for name in names}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; a peak that has been changed since changes the learning rate with it."""
+        """Go on from there, also with another peak."""
         values = dict(state)
-        self._optimizer.param_groups[0]["lr"] = values.pop("lr")
+        self._optimizer.param_groups[0]["lr"] = values.pop("scale") * self.peak_lr
         vars(self._judge).update(values)

@@ -15,11 +15,18 @@ from torch.utils.data import DataLoader
 
 sys.path.append(str(Path(__file__).parent))
 
-from test_exact_resume import PLACES, Kill, Killed, Numbers, Record, Small, saving
+from test_exact_resume import PLACES, Kill, Killed, NoValidation, Numbers, Record, Small, saving
 
 import lit_callbacks.checkpointing.atomic_checkpoint_io as atomic
 from helpers import MemoryLogger, make_trainer
-from lit_callbacks import CheckpointError, ExactResume, GracefulExit, GracefulShutdown, VerifiedCheckpoint
+from lit_callbacks import (
+    CheckpointError,
+    EarlyStoppingWithRestore,
+    ExactResume,
+    GracefulExit,
+    GracefulShutdown,
+    VerifiedCheckpoint,
+)
 from lit_callbacks.checkpointing import committed
 
 RANK = int(os.environ.get("RANK", 0))
@@ -110,7 +117,7 @@ def resumed(out, names):
 def main(out, part):
     found = resumed(out, CORNERS if part == "corners" else REST)
     if part == "corners":
-        found |= signalled(out) | failing(out)
+        found |= signalled(out) | failing(out) | {"early": early(out)}
     (out / f"rank_{RANK}.json").write_text(json.dumps(found))
 
 
@@ -134,6 +141,26 @@ def failing(out):
     if RANK == 0:
         found["kept"] = {name: [kept.manifest.step for kept in committed(out / name)] for name in ("failing", "failed")}
     return found
+
+
+class Disagree(NoValidation):
+    """The loss rises on rank zero and falls on rank one."""
+
+    def validation_step(self, batch, batch_idx):
+        loss = float(self.trainer.global_step)
+        self.log("val/loss", loss if RANK == 0 else -loss)
+
+
+def early(out):
+    torch.manual_seed(0)
+    callback, module = EarlyStoppingWithRestore(patience=2), Disagree()
+    trainer = make_trainer(
+        strategy="ddp", devices=2, max_epochs=3, val_check_interval=5, num_sanity_val_steps=0,
+        callbacks=[callback], default_root_dir=out,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(Numbers(80), 4, shuffle=True), DataLoader(Numbers(24), 4))
+    digest = hashlib.sha256(repr(tree(module.state_dict())).encode()).hexdigest()
+    return {"step": trainer.global_step, "best": [callback.best_step, callback.best_value], "digest": digest}
 
 
 if __name__ == "__main__":

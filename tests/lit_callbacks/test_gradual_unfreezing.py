@@ -120,6 +120,25 @@ def test_beside_recovery(tmp_path):
     assert len(watch.moved[3]) > len(watch.moved[0])
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_step_that_recovery_skips_leaves_the_rate_as_it_is(tmp_path, first):
+    class Bad(FineTune):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * float("nan") if self.global_step == 5 else loss
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+            return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 100), "interval": "step"}]
+
+    unfreezing = GradualUnfreezing(stages=STAGES, epochs=[1, 2], lr_scales=[1.0, 0.5, 0.1])
+    callbacks = [unfreezing, LossSpikeRecovery()] if first else [LossSpikeRecovery(), unfreezing]
+    trainer = make_trainer(max_epochs=4, default_root_dir=tmp_path, callbacks=callbacks)
+    trainer.fit(Bad(), data())
+    assert trainer.global_step == 16
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-2)
+
+
 def test_several_callbacks_may_lower_the_rate_of_a_step():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     hooks = lower_learning_rate(optimizer, 0.5, False) + lower_learning_rate(optimizer, 0.1, False)

@@ -12,7 +12,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel, ManualOptimBorin
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, OneCycleLR, ReduceLROnPlateau, SequentialLR
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from helpers import make_trainer
 from lit_callbacks import RecipeCheck
@@ -241,6 +241,18 @@ def test_data_sets_are_read_through_a_copy(tmp_path):
     assert not val.opened
 
 
+@pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__`")
+def test_streams_are_not_indexed(tmp_path):
+    class Stream(IterableDataset):
+        def __len__(self):
+            return 160
+
+        def __iter__(self):
+            yield from (Tokens()[i] for i in range(160))
+
+    assert found(tmp_path, Model(), DataLoader(Stream(), 4), DataLoader(Stream(), 4)) == set()
+
+
 def test_a_rule_that_cannot_be_asked_is_said_and_stops_nothing(tmp_path, monkeypatch, caplog):
     def unreadable(plan):
         raise OSError("no such file")
@@ -327,6 +339,18 @@ class Copies(Model):
 
     def configure_optimizers(self):
         return with_warmup(torch.optim.AdamW(self.groups(), lr=1e-2))
+
+
+@pytest.mark.parametrize("check", [{"not_learning_after": 2}, {"silence": ["not-learning"]}])
+def test_a_gap_that_opens_late_is_found(tmp_path, check):
+    class Memorises(Copies):
+        def validation_step(self, batch, batch_idx):
+            self.log("val/loss", torch.tensor(2.5))  # what the first training losses are, too
+
+    torch.manual_seed(0)
+    loaders = DataLoader(Tokens(), 4, shuffle=True), DataLoader(Tokens(8, 1), 4)
+    options = {"max_steps": 120, "max_epochs": -1, "val_check_interval": 20, "check": check}
+    assert "generalization-gap" in found(tmp_path, Memorises(), *loaders, steps=120, **options)
 
 
 @pytest.mark.parametrize(("cls", "expected"), [(NeverLearns, {"not-learning"}), (Copies, set())])

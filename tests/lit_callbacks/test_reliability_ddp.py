@@ -91,3 +91,9 @@ def test_a_full_disk_of_one_rank_is_everybodys_failed_save(ranks):
         assert "Stopped after 3 saves in a row" in rank["failed"]["message"]
         assert rank["failed"]["step"] == 16
     assert ranks[0]["kept"] == {"failing": [12, 16, 20, 24, 28, 30, 4], "failed": [4]}
+
+
+def test_early_stopping_is_one_decision(ranks):
+    assert ranks[0]["early"] == ranks[1]["early"]
+    assert ranks[0]["early"]["step"] == 15  # best after step 5, not at 10 and 15
+    assert ranks[0]["early"]["best"] == [5, 5.0]

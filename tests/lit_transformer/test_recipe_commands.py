@@ -103,6 +103,12 @@ def test_lr_find_writes_the_curve_and_suggests_what_can_be_pasted(call):
     assert (code, "factor must be above 1, got 0.5" in error) == (2, True)
 
 
+def test_what_the_optimizer_refuses_is_one_paragraph(call):
+    code, _, error = call("fit", "--config", "config.yaml", "--model.init_args.optimizer.init_args.lr", "-1")
+    assert code == 2
+    assert error.rstrip().endswith("error: AdamW: Invalid learning rate: -1.0")
+
+
 def test_out_of_memory_names_three_settings(call, monkeypatch):
     def training_step(self, batch, batch_idx):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nDetails")

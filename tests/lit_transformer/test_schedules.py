@@ -152,3 +152,12 @@ def test_the_plateau_is_torchs():
         again.load_state_dict(ours.state_dict())
         ours = again
     assert 0.1 * ours.scale == pytest.approx(1e-3)
+
+
+def test_a_plateau_keeps_its_multiplier_when_the_peak_is_changed():
+    schedule = WarmupPlateau(patience=0)
+    ours, other = schedule.start(0.1), schedule.start(0.4)
+    ours.observe(1.0)
+    ours.observe(1.0)
+    other.load_state_dict(ours.state_dict())
+    assert other.scale == ours.scale == 0.5

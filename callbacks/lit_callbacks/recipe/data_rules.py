@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
 
 from lit_callbacks.recipe.finding import rule
 from lit_callbacks.recipe.plan import Plan, labels_of
@@ -64,7 +64,9 @@ def labels_ignored(plan: Plan) -> Found:
 def _datasets(loaders: list[Any]) -> list[Any]:
     """Data sets that can be indexed by number, of loaders that have one."""
     found = [getattr(loader, "dataset", None) for loader in loaders]
-    return [d for d in found if hasattr(type(d), "__getitem__") and hasattr(type(d), "__len__")]
+    readable = [d for d in found if hasattr(d, "__getitem__") and hasattr(d, "__len__")]
+    own = Dataset.__getitem__  # which only raises
+    return [d for d in readable if getattr(type(d), "__getitem__", None) is not own]
 
 
 def _own(dataset: Any) -> Any:

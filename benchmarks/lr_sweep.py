@@ -3,10 +3,11 @@
 The default run is trained at seven learning rates, a factor of two apart, and at the one that `lr_find` suggests, from
 the same seed. Printed are the validation losses, how far the suggestion is from the best of the seven, and the mean
 excess loss over the sweep (Wortsman et al. 2023, "Small-scale proxies"): the mean over the seven of the loss above the
-best one, clipped at that of guessing a byte. With `--config post_ln`, or others, the same for another recipe.
+best one, clipped at that of guessing a byte. With `--config post_ln`, or settings of `fit`, the same for another recipe.
 
     python benchmarks/lr_sweep.py                    # some twenty minutes on two cores
-    python benchmarks/lr_sweep.py --config post_ln --seeds 3
+    python benchmarks/lr_sweep.py --config post_ln --seeds 1 2 3
+    python benchmarks/lr_sweep.py --model.init_args.config.qk_norm true
 """
 
 import argparse
@@ -35,24 +36,24 @@ class FinalLoss(Callback):
         self.value = float(trainer.callback_metrics["val/loss"])
 
 
-def prepared(config: str, seed: int, visitor: Callback, *words: str) -> None:
+def prepared(recipe: list[str], seed: int, visitor: Callback, *words: str) -> None:
     """Train the recipe with a visitor, quietly."""
-    given = ["--config", config, "--seed_everything", str(seed), "--trainer.enable_progress_bar", "false", *words]
+    given = [*recipe, "--seed_everything", str(seed), "--trainer.enable_progress_bar", "false", *words]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         PreparedCLI(given, lambda parser: None, visitor).start()
 
 
-def final_loss(config: str, seed: int, rate: float) -> float:
+def final_loss(recipe: list[str], seed: int, rate: float) -> float:
     """The validation loss of a run at a learning rate."""
     visitor = FinalLoss()
-    prepared(config, seed, visitor, "--model.init_args.optimizer.init_args.lr", str(rate))
+    prepared(recipe, seed, visitor, "--model.init_args.optimizer.init_args.lr", str(rate))
     return visitor.value
 
 
-def suggested(config: str, seed: int) -> float:
+def suggested(recipe: list[str], seed: int) -> float:
     """What the range test suggests."""
     test = RangeTest()
-    prepared(config, seed, test, "--trainer.max_steps", str(test.steps), "--trainer.limit_val_batches", "0")
+    prepared(recipe, seed, test, "--trainer.max_steps", str(test.steps), "--trainer.limit_val_batches", "0")
     rate = test.curve.suggestion()
     assert rate is not None
     return rate
@@ -62,16 +63,17 @@ def main() -> None:
     """Sweep and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="default")
-    parser.add_argument("--seeds", type=int, default=1)
-    options = parser.parse_args()
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    options, words = parser.parse_known_args()
+    recipe = ["--config", options.config, *words]
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    for seed in range(1, options.seeds + 1):
-        rate = suggested(options.config, seed)
+    for seed in options.seeds:
+        rate = suggested(recipe, seed)
         print(f"seed {seed}: the range test suggests {rate:.2g}", flush=True)
         found = {}
         for tried in (rate, *RATES):
-            found[tried] = final_loss(options.config, seed, tried)
+            found[tried] = final_loss(recipe, seed, tried)
             print(f"  {tried:.2g}: {found[tried]:.4f}", flush=True)
         best = min(found[tried] for tried in RATES)
         excess = statistics.mean(min(found[tried], math.log(256)) - best for tried in RATES)

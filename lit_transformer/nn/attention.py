@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_transformer.nn.config import TransformerConfig
+from lit_transformer.nn.norm import make_head_norm
 from lit_transformer.nn.positions import RotaryPositions
 
 
@@ -63,6 +64,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.n_heads, self.dropout, self.rotary = config.n_heads, config.attention_dropout, rotary
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=config.bias)
+        self.q_norm, self.k_norm = make_head_norm(config), make_head_norm(config)
         self.out = nn.Linear(config.d_model, config.d_model, bias=config.bias)
 
     def forward(self, x_BTD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
@@ -70,8 +72,10 @@ class SelfAttention(nn.Module):
         b, t, d_model = x_BTD.shape
         qkv = self.qkv(x_BTD).view(b, t, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)  # 3 B H T d
         start = cache.length if cache is not None else 0
-        q, k = self.rotary(qkv[:2], start) if self.rotary is not None else qkv[:2]
-        v = qkv[2]
+        qk, v = qkv[:2], qkv[2]
+        if self.q_norm is not None and self.k_norm is not None:
+            qk = torch.stack((self.q_norm(qk[0]), self.k_norm(qk[1])))
+        q, k = self.rotary(qk, start) if self.rotary is not None else qk
         if cache is not None:
             k, v = cache.append(k, v)
         y_BHTd = attend(q, k, v, self.dropout if self.training else 0.0)

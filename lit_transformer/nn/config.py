@@ -33,6 +33,9 @@ class TransformerConfig:
         norm_placement: Where the norm stands in a block, see :mod:`lit_transformer.nn.residual`.
         norm: ``layernorm`` (Ba et al. 2016) or ``rmsnorm`` (Zhang and Sennrich 2019).
         norm_eps: Added to the variance inside the norm.
+        qk_norm: Whether queries and keys are normalised, each head for itself, before positions turn them: logits then
+            cannot grow with the weights, and larger learning rates do not diverge (Henry et al. 2020, Dehghani et al.
+            2023).
         activation: Nonlinearity of the feed-forward layer, see :mod:`lit_transformer.nn.feed_forward`.
         positions: How a token learns its place, see :mod:`lit_transformer.nn.positions`.
         bias: Whether linear layers and LayerNorm have a bias.
@@ -63,6 +66,7 @@ class TransformerConfig:
     norm_placement: NormPlacement = "pre"
     norm: Norm = "layernorm"
     norm_eps: float = 1e-5
+    qk_norm: bool = False
     activation: Activation = "gelu"
     positions: Positions = "learned"
     bias: bool = True

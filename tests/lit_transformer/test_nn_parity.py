@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+import transformers as hf
 from torch import nn
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
 
 from lit_transformer.nn import Block, TransformerConfig
+from lit_transformer.nn.attention import SelfAttention
+from lit_transformer.nn.positions import RotaryPositions
 
 D_MODEL, HEADS, D_FF, LENGTH = 32, 4, 64, 12
 
@@ -63,6 +67,28 @@ def test_block_equals_torch_encoder_layer_with_causal_mask(norm_placement, activ
     gradients = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[names[name]].grad, atol=1e-4, rtol=1e-4)
+
+
+def test_qk_norm_equals_that_of_qwen3():
+    torch.manual_seed(0)
+    shape = {"hidden_size": D_MODEL, "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "head_dim": 8}
+    settings = hf.Qwen3Config(**shape, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0})
+    settings._attn_implementation = "sdpa"
+    theirs = Qwen3Attention(settings, layer_idx=0)
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    config = TransformerConfig(
+        d_model=D_MODEL, n_heads=HEADS, norm="rmsnorm", norm_eps=settings.rms_norm_eps, qk_norm=True, bias=False
+    )
+    ours = SelfAttention(config, RotaryPositions(LENGTH, 8)).eval()
+    stacked = torch.cat([theirs.q_proj.weight, theirs.k_proj.weight, theirs.v_proj.weight])
+    weights = {"qkv.weight": stacked, "out.weight": theirs.o_proj.weight}
+    weights |= {"q_norm.weight": theirs.q_norm.weight, "k_norm.weight": theirs.k_norm.weight}
+    ours.load_state_dict(weights)
+    x = torch.randn(3, LENGTH, D_MODEL)
+    turned = Qwen3RotaryEmbedding(settings)(x, torch.arange(LENGTH)[None])
+    expected, _ = theirs(x, turned, attention_mask=None)
+    torch.testing.assert_close(ours(x), expected, atol=1e-5, rtol=0)
 
 
 def test_pre_and_post_differ_only_in_where_the_norm_stands():

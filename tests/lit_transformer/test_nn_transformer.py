@@ -1,7 +1,9 @@
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from lit_transformer.nn import Transformer, TransformerConfig
 from lit_transformer.nn.positions import RotaryPositions, SinusoidalPositions
@@ -30,6 +32,22 @@ def test_every_combination_is_causal_and_trains_every_parameter(norm_placement, 
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
     untrained = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert untrained == []
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_qk_norm_bounds_the_logits_and_trains(norm):
+    model = make(norm=norm, qk_norm=True, positions="learned", **NO_DROPOUT)
+    attention = model.blocks[0].attention.sublayer
+    with torch.no_grad():
+        attention.qkv.weight *= 1000
+    ids = torch.randint(50, (2, 16))
+    with patch("torch.nn.functional.scaled_dot_product_attention", wraps=sdpa) as attend:
+        model(ids).sum().backward()
+    q, k = attend.call_args_list[0].args[:2]
+    assert (q @ k.mT).abs().max() <= 8.001  # unit variance over 8 features
+    assert attention.q_norm.weight.grad.abs().sum() > 0
+    assert attention.k_norm.weight.grad.abs().sum() > 0
+    assert all("norm.bias" not in name for name, _ in attention.named_parameters())
 
 
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary"])

@@ -3,7 +3,7 @@
 The default run is trained at seven learning rates, a factor of two apart, and at the one that `lr_find` suggests, from
 the same seed. Printed are the validation losses, how far the suggestion is from the best of the seven, and the mean
 excess loss over the sweep (Wortsman et al. 2023, "Small-scale proxies"): the mean over the seven of the loss above the
-best one, clipped at that of guessing a byte. With `--config post_ln`, or settings of `fit`, the same for another recipe.
+best one, clipped at that of guessing a byte. With `--config post_ln`, or settings of `fit`, for another recipe.
 
     python benchmarks/lr_sweep.py                    # some twenty minutes on two cores
     python benchmarks/lr_sweep.py --config post_ln --seeds 1 2 3

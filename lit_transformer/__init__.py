@@ -1,6 +1,8 @@
 """Stable transformer training on PyTorch Lightning."""
 
-from lit_transformer.data import LanguageModelingData
+from lit_transformer.data import ClassificationData, LanguageModelingData
+from lit_transformer.distillation import Distillation
+from lit_transformer.hugging_face import Lora
 from lit_transformer.module import LitTransformer
 from lit_transformer.nn import Transformer, TransformerConfig
 from lit_transformer.optim import (
@@ -19,13 +21,19 @@ from lit_transformer.optim import (
     WarmupStableDecay,
 )
 from lit_transformer.recipe import LitRecipe
-from lit_transformer.tasks import LitCausalLM
+from lit_transformer.task import LitTask
+from lit_transformer.tasks import LitCausalLM, LitPretrained
 
 __all__ = [
+    "ClassificationData",
+    "Distillation",
     "LanguageModelingData",
     "LitCausalLM",
+    "LitPretrained",
     "LitRecipe",
+    "LitTask",
     "LitTransformer",
+    "Lora",
     "MuonAdamW",
     "Noam",
     "Override",

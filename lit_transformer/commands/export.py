@@ -1,14 +1,17 @@
-"""``export``: the weights of a checkpoint for others, as safetensors with digests."""
+"""``export``: the weights of a checkpoint for others: safetensors with digests, or what Hugging Face loads."""
 
+import contextlib
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from lit_callbacks import CheckpointError
 from lit_callbacks.checkpointing import export_weights, load_exported, local
-from lit_transformer.commands.checkpoints import locate
+from lit_transformer.commands.checkpoints import load_checkpoint, locate
 from lit_transformer.commands.parser import CommandParser
 from lit_transformer.errors import UsageError
 from lit_transformer.nn import TransformerConfig
-from lit_transformer.tasks import LitCausalLM
+from lit_transformer.tasks import LitCausalLM, LitPretrained
 
 
 def main(words: list[str]) -> None:
@@ -17,7 +20,10 @@ def main(words: list[str]) -> None:
     Raises:
         UsageError: For anything wrong in them, or in the checkpoint.
     """
-    parser = CommandParser(prog="export", description="Write the weights of a checkpoint as safetensors with digests.")
+    parser = CommandParser(
+        prog="export",
+        description="Write the weights of a checkpoint: safetensors with digests, or what Hugging Face loads.",
+    )
     parser.add_checkpoint_arguments(default="best")
     parser.add_argument("--to", type=str | None, default=None, help="The new folder.")
     options = parser.parse_args(words)
@@ -28,10 +34,59 @@ def main(words: list[str]) -> None:
             path = locate(Path(options.root), options.run, options.ckpt_path)
         else:
             path = local(options.ckpt_path)
-        export_weights(path, Path(options.to))
+        checkpoint = load_checkpoint(path)
+        if "architecture" in checkpoint.get("hyper_parameters", {}):
+            export_pretrained(checkpoint, Path(options.to))
+        else:
+            export_weights(path, Path(options.to))
     except CheckpointError as error:
         raise UsageError(str(error)) from None
-    print(f"Exported {path} to {options.to}: model.safetensors, config.json, digests.json")
+    written = ", ".join(sorted(file.name for file in Path(options.to).iterdir()))
+    print(f"Exported {path} to {options.to}: {written}")
+
+
+def export_pretrained(checkpoint: dict[str, Any], folder: Path) -> None:
+    """Write a fine-tuned model, LoRA merged into it, and its tokenizer as Hugging Face loads them.
+
+    The folder appears complete or not at all. The tokenizer is the one that the run's configuration names, if it is
+    still there.
+
+    Args:
+        checkpoint: The contents of a checkpoint of :class:`~lit_transformer.LitPretrained`.
+        folder: A new folder.
+
+    Raises:
+        UsageError: If the folder exists, or the weights do not fit.
+    """
+    if folder.exists():
+        raise UsageError(f"{folder} exists already; choose another folder")
+    settings = checkpoint["hyper_parameters"]
+    kept = {name: settings[name] for name in ("architecture", "task", "multi_label", "lora")}
+    module = LitPretrained(**kept)
+    try:
+        module.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        raise UsageError(f"the checkpoint's weights do not fit its configuration: {error}") from None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        whole = Path(scratch) / "whole"
+        module.save_pretrained(whole)
+        _save_tokenizer(checkpoint.get("config", {}), whole)
+        whole.rename(folder)
+
+
+def _save_tokenizer(config: dict[str, Any], folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    places = [
+        config.get(part, {}).get("init_args", {}).get(key) for part, key in (("data", "tokenizer"), ("model", "path"))
+    ]
+    for place in places:
+        if place is not None and (Path(place).is_dir() or "/" in place):
+            with contextlib.suppress(OSError, ValueError):
+                AutoTokenizer.from_pretrained(place).save_pretrained(folder)
+                return
+    print("No tokenizer beside it: neither data.init_args.tokenizer nor model.init_args.path has one.")
 
 
 def load_exported_model(folder: str | Path) -> LitCausalLM:

@@ -3,6 +3,7 @@
 import logging
 import re
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,7 +26,7 @@ from lit_transformer.commands.checkpoints import (
     resume_point,
 )
 from lit_transformer.errors import TrainingStopped, UsageError
-from lit_transformer.module import LitTransformer
+from lit_transformer.recipe import LitRecipe
 from lit_transformer.run.config_errors import explain
 from lit_transformer.run.config_files import with_config
 from lit_transformer.run.folder import RunFolder
@@ -67,7 +68,7 @@ class TrainingCLI(LightningCLI):
         self.run: RunFolder | None = None
         self.checkpoint: dict[str, Any] | None = None
         super().__init__(
-            LitTransformer,
+            LitRecipe,
             LightningDataModule,
             save_config_callback=None,
             parser_class=OneParagraphParser,
@@ -91,7 +92,9 @@ class TrainingCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The keys beside trainer, model and data."""
-        parser.link_arguments("data.vocab_size", "model.init_args.config.vocab_size", apply_on="instantiate")
+        for source, target in (("vocab_size", "config.vocab_size"), ("labels", "labels")):
+            known = partial(_attribute, source)
+            parser.link_arguments("data", f"model.init_args.{target}", compute_fn=known, apply_on="instantiate")
         add = parser.add_argument
         add("--run", type=str | None, default=None, help="Name of the run, made up from the time if null.")
         add("--wandb", type=bool, default=False, help="Log to W&B as well, offline without a key.")
@@ -267,9 +270,15 @@ def run_training_command(words: list[str]) -> None:
     """
     quieten()
     if words[0] not in LightningCLI.subcommands():
-        commands = ", ".join([*LightningCLI.subcommands(), "check", "plot_schedule", "lr_find", "generate", "export"])
+        others = ["check", "plot_schedule", "lr_find", "batch_size_find", "generate", "export"]
+        commands = ", ".join([*LightningCLI.subcommands(), *others])
         raise UsageError(f"unknown command {words[0]}; the commands are {commands}")
     TrainingCLI(words)
+
+
+def _attribute(name: str, data: LightningDataModule) -> Any:
+    """What a model takes from the data; None where the data has no such thing."""
+    return getattr(data, name, None)
 
 
 @rank_zero_only

@@ -1,5 +1,6 @@
 """Batches of token blocks: an endless, resumable stream for training, fixed shards for evaluation."""
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -18,7 +19,24 @@ from lit_transformer.errors import UsageError
 Batch = dict[str, Tensor]
 
 
-class Blocks(Dataset[Batch]):
+class Samples(Dataset[Batch], ABC):
+    """Samples that are read a batch at a time.
+
+    Args:
+        name: What they are called in messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitems__(self, ids: Ids) -> Batch: ...
+
+
+class Blocks(Samples):
     """A memory-mapped token array, cut into blocks that are read a batch at a time.
 
     Block ``i`` is ``tokens[i * block_size : (i + 1) * block_size]``; its targets are the same, one token later. The
@@ -33,6 +51,7 @@ class Blocks(Dataset[Batch]):
     """
 
     def __init__(self, path: Path, block_size: int) -> None:
+        super().__init__(path.stem)
         self.path, self.block_size = path, block_size
         # A plain view: indexing the np.memmap subclass costs several microseconds more.
         self._tokens: NDArray[Any] = np.load(path, mmap_mode="r").view(np.ndarray)
@@ -57,9 +76,9 @@ def _as_is(batch: Batch) -> Batch:
     return batch
 
 
-def _data_loader(blocks: Blocks, batches: Iterable[Ids], options: dict[str, Any]) -> DataLoader[Batch]:
+def _data_loader(samples: Samples, batches: Iterable[Ids], options: dict[str, Any]) -> DataLoader[Batch]:
     return DataLoader(
-        blocks,
+        samples,
         batch_sampler=batches,  # type: ignore[arg-type]  # ids come as arrays
         collate_fn=_as_is,  # type: ignore[arg-type]  # __getitems__ returns the batch, not a list
         generator=torch.Generator(),  # without one, every new iterator takes a number from the global generator
@@ -91,7 +110,7 @@ class TrainingLoader:
     of its own.
 
     Args:
-        blocks: The training tokens.
+        samples: The training samples.
         stream: Order and position, shared with the data module.
         batch_size: Samples in a batch of one rank.
         rank: Index of this process among those that see different data.
@@ -105,12 +124,18 @@ class TrainingLoader:
     """
 
     def __init__(
-        self, blocks: Blocks, stream: SampleStream, batch_size: int, rank: int = 0, world_size: int = 1, **options: Any
+        self,
+        samples: Samples,
+        stream: SampleStream,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        **options: Any,
     ) -> None:
         self.stream = stream
         share = slice(rank * batch_size, (rank + 1) * batch_size)
         self._draws = _Draws(stream, batch_size * world_size, share)
-        self._inner = _data_loader(blocks, self._draws, options)
+        self._inner = _data_loader(samples, self._draws, options)
 
     def __len__(self) -> int:
         return self.stream.batches_per_epoch(self._draws.size)
@@ -141,32 +166,32 @@ class TrainingLoader:
 
 
 class EvaluationLoader:
-    """All blocks of a split once, in order, shared out over the ranks.
+    """All samples of a split once, in order, shared out over the ranks.
 
-    Rank ``r`` takes blocks ``r, r + world_size, ...``: none twice, none left out. Every rank makes the same number of
+    Rank ``r`` takes samples ``r, r + world_size, ...``: none twice, none left out. Every rank makes the same number of
     batches, of nearly equal size, because sharded models exchange weights in every forward pass.
 
     Args:
-        blocks: The tokens of the split.
+        samples: The samples of the split.
         batch_size: The most samples in a batch.
         rank: Index of this process among those that see different data.
         world_size: How many such processes there are.
         **options: Passed to the inner ``DataLoader``: workers, prefetching, pinning.
 
     Raises:
-        UsageError: If there are fewer blocks than ranks.
+        UsageError: If there are fewer samples than ranks.
     """
 
-    def __init__(self, blocks: Blocks, batch_size: int, rank: int = 0, world_size: int = 1, **options: Any) -> None:
-        if len(blocks) < world_size:
+    def __init__(self, samples: Samples, batch_size: int, rank: int = 0, world_size: int = 1, **options: Any) -> None:
+        if len(samples) < world_size:
             raise UsageError(
-                f"{blocks.path.stem} data of {len(blocks)} blocks cannot be shared over {world_size} processes: "
-                "expected a block for each. Give more text, lower block_size, or use fewer devices."
+                f"{samples.name} data of {len(samples)} samples cannot be shared over {world_size} processes: "
+                "expected one for each. Give more text, lower block_size, or use fewer devices."
             )
-        batches = -(-len(blocks) // (batch_size * world_size))
-        batches = min(batches, len(blocks) // world_size)  # with one sample a batch, the odd ones join another batch
-        self._batches = np.array_split(np.arange(rank, len(blocks), world_size), batches)
-        self._inner = _data_loader(blocks, self._batches, options)
+        batches = -(-len(samples) // (batch_size * world_size))
+        batches = min(batches, len(samples) // world_size)  # with one sample a batch, the odd ones join another batch
+        self._batches = np.array_split(np.arange(rank, len(samples), world_size), batches)
+        self._inner = _data_loader(samples, self._batches, options)
 
     def __len__(self) -> int:
         return len(self._batches)

@@ -8,7 +8,7 @@ from weakref import WeakSet
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
-from lit_transformer.data.loader import Batch, Blocks, EvaluationLoader, TrainingLoader
+from lit_transformer.data.loader import Batch, EvaluationLoader, Samples, TrainingLoader
 from lit_transformer.data.order import SampleStream
 from lit_transformer.errors import UsageError
 
@@ -115,19 +115,19 @@ class ResumableData(LightningDataModule):
         state = self.trainer.state
         return state.status == TrainerStatus.RUNNING and state.fn != TrainerFn.FITTING
 
-    def _training_loader(self, blocks: Blocks) -> TrainingLoader | EvaluationLoader:
+    def _training_loader(self, samples: Samples) -> TrainingLoader | EvaluationLoader:
         """Return the loader that continues the stream; with ``overfit_batches`` one that repeats its first batches."""
         self._require_setup()
         if getattr(self.trainer, "overfit_batches", 0):
-            return self._evaluation_loader(blocks)
+            return self._evaluation_loader(samples)
         loader = TrainingLoader(
-            blocks, self._stream, self.batch_size, *self._rank_and_world_size(), **self._loader_options()
+            samples, self._stream, self.batch_size, *self._rank_and_world_size(), **self._loader_options()
         )
         self._loaders.add(loader)
         return loader
 
-    def _evaluation_loader(self, blocks: Blocks) -> EvaluationLoader:
-        loader = EvaluationLoader(blocks, self.batch_size, *self._rank_and_world_size(), **self._loader_options())
+    def _evaluation_loader(self, samples: Samples) -> EvaluationLoader:
+        loader = EvaluationLoader(samples, self.batch_size, *self._rank_and_world_size(), **self._loader_options())
         self._loaders.add(loader)
         return loader
 

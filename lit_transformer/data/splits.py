@@ -26,10 +26,11 @@ def split_documents(documents: Documents, fractions: dict[str, float]) -> dict[s
         >>> split_documents({"a.txt": b"0123456789"}, {"validation": 0.2, "test": 0.1})
         {'train': {'a.txt': b'0123456'}, 'validation': {'a.txt': b'78'}, 'test': {'a.txt': b'9'}}
     """
-    return (_split_by_file if len(documents) >= _FEWEST_FILES else _split_by_position)(documents, fractions)
+    return (split_by_file if len(documents) >= _FEWEST_FILES else _split_by_position)(documents, fractions)
 
 
-def _split_by_file(documents: Documents, fractions: dict[str, float]) -> dict[str, Documents]:
+def split_by_file(documents: Documents, fractions: dict[str, float]) -> dict[str, Documents]:
+    """Take whole files out, however few there are; see :func:`split_documents`."""
     waiting = sorted(documents, key=lambda name: hashlib.sha256(name.encode()).digest(), reverse=True)
     total = sum(map(len, documents.values()))
     taken: dict[str, str] = {}

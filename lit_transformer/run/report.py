@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lit_transformer.nn import generate
 from lit_transformer.run.folder import RunFolder
-from lit_transformer.tasks import LitCausalLM
+from lit_transformer.task import LitTask
+from lit_transformer.tasks import LitCausalLM, LitPretrained
 
 _SAMPLE_TOKENS = 200
 _PROMPT_TOKENS = 24
@@ -34,7 +35,9 @@ class FitReport(Callback):
         if not trainer.is_global_zero:
             return
         parameters = sum(p.numel() for p in pl_module.parameters())
-        print(f"Model: {type(pl_module).__name__}, {parameters:,} parameters, {self._shape(pl_module)}")
+        frozen = sum(p.numel() for p in pl_module.parameters() if not p.requires_grad)
+        count = f"{parameters:,} parameters" + (f", {frozen:,} of them frozen" if frozen else "")
+        print(f"Model: {type(pl_module).__name__}, {count}, {self._shape(pl_module)}")
         describe = getattr(trainer.datamodule, "describe", None)  # type: ignore[attr-defined]
         if describe is not None:
             print(f"Data: {describe()}")
@@ -48,8 +51,8 @@ class FitReport(Callback):
         minutes, seconds = divmod(round(time.monotonic() - self._started), 60)
         print(f"\nTrained to step {trainer.global_step} in {minutes} min {seconds:02d} s.")
         metrics = trainer.callback_metrics
-        names = {"loss": "nats per token", "bits_per_byte": "bits per byte", "accuracy": "of tokens predicted right"}
-        shown = [f"{float(metrics[f'val/{k}']):.4f} {unit}" for k, unit in names.items() if f"val/{k}" in metrics]
+        units = pl_module.objective.units if isinstance(pl_module, LitTask) else {"loss": "loss"}
+        shown = [f"{float(metrics[f'val/{k}']):.4f} {unit}" for k, unit in units.items() if f"val/{k}" in metrics]
         if shown:
             print(f"Validation: {', '.join(shown)}.")
         self._print_sample(trainer, pl_module)
@@ -82,6 +85,9 @@ class FitReport(Callback):
 
     @staticmethod
     def _shape(pl_module: LightningModule) -> str:
+        if isinstance(pl_module, LitPretrained):
+            architecture = pl_module.architecture
+            return f"{architecture['model_type']} for {pl_module.kind.replace('_', ' ')}"
         config = getattr(pl_module, "config", None)
         if config is None:
             return "of its own kind"

@@ -11,6 +11,7 @@ from lit_transformer.errors import UsageError
 _MAY_CHANGE = {
     "target_batch_tokens",  # restated at the start of every fit
     *("num_workers", "prefetch_factor", "persistent_workers", "pin_memory"),
+    *("init_from", "path"),  # what a new run starts from; one that goes on has its weights
     *("files", "val_files", "test_files", "cache_dir"),  # places; the data module compares the contents
 }
 

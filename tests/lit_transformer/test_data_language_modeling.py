@@ -259,7 +259,7 @@ def test_evaluation_shards_are_complete_and_of_equal_number(make, world_size, ba
 
 
 def test_fewer_blocks_than_ranks(make):
-    with pytest.raises(UsageError, match="validation data of 3 blocks cannot be shared over 4 processes"):
+    with pytest.raises(UsageError, match="validation data of 3 samples cannot be shared over 4 processes"):
         on_rank(make(), 0, 4).val_dataloader()
 
 

@@ -1,0 +1,241 @@
+"""The data module for classification: texts and their classes in, padded batches out."""
+
+import hashlib
+import inspect
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from lit_transformer.data import corpus
+from lit_transformer.data.encoder import Encoder
+from lit_transformer.data.functions import Sample, functions, largest_packages, split_packages
+from lit_transformer.data.loader import Batch, EvaluationLoader, Samples, TrainingLoader
+from lit_transformer.data.order import Ids
+from lit_transformer.data.resumable import ResumableData
+from lit_transformer.data.tables import read_table
+from lit_transformer.errors import UsageError
+
+_PACKAGES = 8
+
+
+class LabelledTexts(Samples):
+    """Token ids and a class each, padded on the right to the longest of a batch.
+
+    Shapes:
+        A batch is ``input_ids`` and ``attention_mask`` of ``(batch, longest)``, ``targets`` and ``sample_ids`` of
+        ``(batch,)``, int64.
+    """
+
+    def __init__(self, name: str, tokens: Sequence[Sequence[int]], targets: Sequence[int], pad_id: int) -> None:
+        super().__init__(name)
+        self.pad_id = pad_id
+        self.targets = np.array(targets, dtype=np.int64)
+        self._ends = np.cumsum([0, *map(len, tokens)])
+        self._tokens = np.concatenate([np.array(ids, dtype=np.uint32) for ids in tokens])
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitems__(self, ids: Ids) -> Batch:
+        texts = [self._tokens[self._ends[i] : self._ends[i + 1]] for i in ids]
+        input_ids = np.full((len(ids), max(map(len, texts))), self.pad_id, dtype=np.int64)
+        attention_mask = np.zeros_like(input_ids)
+        for row, text in enumerate(texts):
+            input_ids[row, : len(text)] = text
+            attention_mask[row, : len(text)] = 1
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": torch.from_numpy(attention_mask),
+            "targets": torch.from_numpy(self.targets[ids]),
+            "sample_ids": torch.tensor(ids),
+        }
+
+    def digest(self) -> str:
+        """SHA-256 of tokens and classes."""
+        parts = (self._tokens, self._ends, self.targets)
+        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
+
+
+class ClassificationData(ResumableData):
+    """Texts, each of one class.
+
+    Without ``files`` the texts are the functions of the eight largest packages of Python's standard library, and the
+    class is the package; each package is split by file. Files are tables with a column of texts and one of classes;
+    what has no files of its own is held out of ``files``, the same fraction of each class. Order, position and
+    resumption are those of :class:`~lit_transformer.data.LanguageModelingData`.
+
+    Args:
+        files: Paths or globs of CSV, TSV, JSON lines or Parquet; the embedded corpus if ``None``. Needs the ``hf``
+            extra.
+        val_files: Validation samples of their own; if ``None``, ``val_fraction`` of ``files`` is held out.
+        test_files: Likewise.
+        text_column: Name of the column with the text.
+        label_column: Name of the column with the class.
+        val_fraction: Fraction held out for validation.
+        test_fraction: Fraction held out for test.
+        tokenizer: ``"bytes"``, the path of a byte-level ``tokenizer.json``, or a folder or name of a Hugging Face
+            tokenizer, which adds the special tokens that its model expects.
+        max_length: Longer texts are cut off; how many is reported.
+        batch_size: Samples in a batch of one device.
+        num_workers: Loader processes; 0 is fastest here.
+        prefetch_factor: Batches each worker reads ahead.
+        persistent_workers: Keep workers over epochs.
+        pin_memory: Page-locked batches; if ``None``, when training on CUDA.
+        seed: Seed of the sample order, and of what is held out.
+
+    Shapes:
+        See :class:`LabelledTexts`.
+
+    Raises:
+        UsageError: If an argument is out of range; at setup, if a file cannot be read, a column is missing, a text or
+            class is empty, a class of the held-out data does not occur in training, or there is only one class.
+
+    State: position, excluded samples, and what they refer to: seed, and a digest of tokens and classes.
+
+    Example:
+        >>> data = ClassificationData(max_length=64, batch_size=4)
+        >>> len(data.labels), data.vocab_size
+        (8, 256)
+    """
+
+    def __init__(
+        self,
+        files: str | list[str] | None = None,
+        val_files: str | list[str] | None = None,
+        test_files: str | list[str] | None = None,
+        text_column: str = "text",
+        label_column: str = "label",
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        tokenizer: str = "bytes",
+        max_length: int = 256,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        prefetch_factor: int | None = None,
+        persistent_workers: bool = False,
+        pin_memory: bool | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, seed)
+        for name, value, least in (("max_length", max_length, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+            if value < least:
+                raise UsageError(f"{name} must be at least {least}, got {value}")
+        if min(val_fraction, test_fraction) <= 0 or val_fraction + test_fraction >= 1:
+            raise UsageError(
+                "val_fraction and test_fraction must be above 0 and leave something to train on, "
+                f"got {val_fraction} and {test_fraction}"
+            )
+        self.save_hyperparameters(logger=False, frame=inspect.currentframe())
+        self.max_length = max_length
+        self.fractions = {"validation": val_fraction, "test": test_fraction}
+        self._texts: dict[str, LabelledTexts] = {}
+        self._cut = 0
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Texts to token ids."""
+        return Encoder(self.hparams["tokenizer"], self.max_length)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.encoder.vocab_size
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """The classes of the training samples, in alphabetical order."""
+        found = sorted({label for _, label in self._samples["train"]})
+        if len(found) < 2:
+            raise UsageError(f"expected at least two classes, got {', '.join(found)}")
+        return found
+
+    def class_counts(self) -> dict[str, int]:
+        """How many training samples each class has."""
+        counts = Counter(label for _, label in self._samples["train"])
+        return {label: counts[label] for label in self.labels}
+
+    @cached_property
+    def _samples(self) -> dict[str, list[Sample]]:
+        if self.hparams["files"] is None:
+            documents = corpus.read(corpus.standard_library(), leave_out_others=True)
+            packages = largest_packages(documents, _PACKAGES)
+            splits = split_packages(documents, packages, self.fractions)
+            return {name: functions(part, packages) for name, part in splits.items()}
+        columns = self.hparams["text_column"], self.hparams["label_column"]
+        given = {"train": self.hparams["files"], "validation": self.hparams["val_files"]}
+        given["test"] = self.hparams["test_files"]
+        found = {name: read_table(files, *columns) for name, files in given.items() if files is not None}
+        held_out = {name: fraction for name, fraction in self.fractions.items() if name not in found}
+        return found | stratified(found["train"], held_out, self._stream.seed)
+
+    def describe(self) -> str:
+        """Return what a person wants to know about the data; after setup."""
+        self._require_setup()
+        source = "functions of the standard library of Python" if self.hparams["files"] is None else "files"
+        sizes = ", ".join(f"{name} {len(texts):,}" for name, texts in self._texts.items())
+        cut = f"; {self._cut:,} texts cut off at {self.max_length} tokens" if self._cut else ""
+        return f"{source}, {len(self.labels)} classes, samples: {sizes}{cut}"
+
+    def setup(self, stage: str | None = None) -> None:
+        """Tokenise; a second call changes nothing."""
+        if not self._texts:
+            number = {label: i for i, label in enumerate(self.labels)}
+            for name, samples in self._samples.items():
+                if not samples:
+                    raise UsageError(f"expected {name} samples, got none: give more, or hold out another fraction")
+                if unseen := sorted({label for _, label in samples} - number.keys()):
+                    raise UsageError(f"the {name} samples have the class {unseen[0]!r}, which training has not")
+                tokens, cut = self.encoder([text for text, _ in samples])
+                self._cut += cut
+                targets = [number[label] for _, label in samples]
+                self._texts[name] = LabelledTexts(name, tokens, targets, self.encoder.pad_id)
+        self._stream_over(len(self._texts["train"]))
+
+    def train_dataloader(self) -> TrainingLoader | EvaluationLoader:
+        """Return the loader that continues the stream."""
+        self._require_setup()
+        return self._training_loader(self._texts["train"])
+
+    def val_dataloader(self) -> EvaluationLoader:
+        """Return the validation samples of this rank."""
+        self._require_setup()
+        return self._evaluation_loader(self._texts["validation"])
+
+    def test_dataloader(self) -> EvaluationLoader:
+        """Return the test samples of this rank."""
+        self._require_setup()
+        return self._evaluation_loader(self._texts["test"])
+
+    def predict_dataloader(self) -> EvaluationLoader:
+        """Return the test samples of this rank."""
+        return self.test_dataloader()
+
+    def _meaning(self) -> dict[str, Any]:
+        return {"seed": self._stream.seed, "digest": self._texts["train"].digest()}
+
+
+def stratified(samples: list[Sample], fractions: dict[str, float], seed: int) -> dict[str, list[Sample]]:
+    """Hold out the same fraction of each class, rounded, at random; the rest is for training.
+
+    Example:
+        >>> parts = stratified([(str(i), "ab"[i % 2]) for i in range(10)], {"test": 0.4}, seed=0)
+        >>> [len(part) for part in parts.values()], sorted(label for _, label in parts["test"])
+        ([6, 4], ['a', 'a', 'b', 'b'])
+    """
+    by_class: dict[str, list[int]] = {}
+    for i, (_, label) in enumerate(samples):
+        by_class.setdefault(label, []).append(i)
+    generator = np.random.default_rng(seed)
+    places = {name: set[int]() for name in ("train", *fractions)}
+    for members in by_class.values():
+        order = generator.permutation(members).tolist()
+        for name, fraction in fractions.items():
+            count = round(fraction * len(members))
+            places[name].update(order[:count])
+            order = order[count:]
+        places["train"].update(order)
+    return {name: [samples[i] for i in sorted(chosen)] for name, chosen in places.items()}

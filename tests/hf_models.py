@@ -1,0 +1,37 @@
+"""Tiny Hugging Face models with random weights, in local folders."""
+
+import tokenizers
+import torch
+import transformers as hf
+from tokenizers import models, pre_tokenizers, processors
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(45))]
+
+
+def save_bert(folder, seed=0, layers=2):
+    """A masked language model, and a tokenizer for which `w7` is a word."""
+    torch.manual_seed(seed)
+    small = {"hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 32}
+    config = hf.BertConfig(vocab_size=50, max_position_embeddings=32, **small)
+    hf.BertForMaskedLM(config).save_pretrained(folder)
+    words = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    hf.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    return str(folder)
+
+
+def save_gpt2(folder, vocab_size=50):
+    torch.manual_seed(0)
+    tokens = {"bos_token_id": 0, "eos_token_id": 0}
+    config = hf.GPT2Config(vocab_size=vocab_size, n_positions=32, n_embd=16, n_layer=2, n_head=2, **tokens)
+    hf.GPT2LMHeadModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def save_t5(folder):
+    torch.manual_seed(0)
+    shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=50, decoder_start_token_id=0, **shape)).save_pretrained(folder)
+    return str(folder)

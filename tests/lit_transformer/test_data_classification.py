@@ -1,0 +1,135 @@
+"""Texts and classes: embedded and from tables, padded, resumable; what is wrong is named."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from hf_models import save_bert
+from lit_transformer import ClassificationData
+from lit_transformer.data.tables import read_table
+from lit_transformer.errors import UsageError
+
+ROWS = [(f"w{i % 40} w{(3 * i) % 40}" + " w1" * (i % 5), "odd" if i % 3 == 1 else "even") for i in range(60)]
+
+
+def write(path, rows=ROWS, header=("text", "label"), **options):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, **options)
+        writer.writerows([header, *rows])
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def ready(**options):
+    data = ClassificationData(**{"batch_size": 4, **options})
+    data.setup()
+    return data
+
+
+def test_formats_say_the_same(tmp_path):
+    import pandas
+
+    expected = read_table(write(tmp_path / "a.csv"), "text", "label")
+    assert expected == ROWS
+    assert read_table(write(tmp_path / "a.tsv", delimiter="\t"), "text", "label") == ROWS
+    lines = "\n".join(json.dumps({"text": text, "label": label}) for text, label in ROWS)
+    (tmp_path / "a.jsonl").write_text(lines)
+    assert read_table(str(tmp_path / "a.jsonl"), "text", "label") == ROWS
+    pandas.DataFrame(ROWS, columns=["text", "label"]).to_parquet(tmp_path / "a.parquet")
+    assert read_table(str(tmp_path / "a.parquet"), "text", "label") == ROWS
+
+
+def test_batches_are_padded_and_masked(tmp_path):
+    data = ready(files=write(tmp_path / "a.csv"), max_length=12)
+    batch = next(iter(data.val_dataloader()))
+    lengths = batch["attention_mask"].sum(1)
+    assert batch["input_ids"].shape[1] == lengths.max() <= 12
+    for ids, length in zip(batch["input_ids"], lengths, strict=True):
+        assert (ids[:length] > 0).all()
+        assert (ids[length:] == 0).all()
+    assert data.labels == ["even", "odd"]
+    assert batch["targets"].dtype == torch.int64
+    assert "texts cut off at 12 tokens" in data.describe()
+
+
+def test_the_same_share_of_each_class_is_held_out(tmp_path):
+    data = ready(files=write(tmp_path / "a.csv"), val_fraction=0.2, test_fraction=0.1)
+    assert data.class_counts() == {"even": 28, "odd": 14}
+    targets = torch.cat([batch["targets"] for batch in data.val_dataloader()])
+    assert targets.bincount().tolist() == [8, 4]
+
+
+def test_a_hugging_face_tokenizer_adds_its_special_tokens(tmp_path):
+    data = ready(files=write(tmp_path / "a.csv"), tokenizer=save_bert(tmp_path / "bert"), max_length=6)
+    assert data.vocab_size == 50
+    batch = next(iter(data.train_dataloader()))
+    assert (batch["input_ids"][:, 0] == 2).all()  # [CLS]
+    assert sorted(
+        {int(ids[n - 1]) for ids, n in zip(batch["input_ids"], batch["attention_mask"].sum(1), strict=True)}
+    ) == [3]
+    assert data._cut == sum(len(text.split()) > 4 for text, _ in ROWS)
+
+
+def test_the_embedded_task_has_every_class_in_every_split():
+    data = ready()
+    assert len(data.labels) == 8
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+        assert len(torch.cat([batch["targets"] for batch in loader]).unique()) == 8
+
+
+def test_the_position_is_resumed_and_excluded_samples_stay_away(tmp_path):
+    files = write(tmp_path / "a.csv")
+    first = ready(files=files)
+    batches = iter(first.train_dataloader())
+    for _ in range(3):
+        next(batches)
+    state = first.state_dict()
+    expected = [batch["sample_ids"].tolist() for batch in batches]
+    second = ready(files=files)
+    second.load_state_dict(state)
+    assert [
+        batch["sample_ids"].tolist() for _, batch in zip(expected, second.train_dataloader(), strict=False)
+    ] == expected
+    second.exclude([0, 1, 2])
+    assert not {0, 1, 2} & {i for batch in second.train_dataloader() for i in batch["sample_ids"].tolist()}
+    with pytest.raises(UsageError, match="place in the data is for digest"):
+        ready(files=files, max_length=3).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("rows", "header", "message"),
+    [
+        (ROWS, ("body", "label"), "expected a column 'text' in .*a.csv, got 'body', 'label'; set text_column"),
+        ([*ROWS, ("w1", "")], ("text", "label"), "got no 'label' in row 61 of .*a.csv"),
+        ([(text, "a") for text, _ in ROWS], ("text", "label"), "at least two classes, got a"),
+    ],
+)
+def test_what_is_wrong_with_a_table(tmp_path, rows, header, message):
+    with pytest.raises(UsageError, match=message):
+        ready(files=write(tmp_path / "a.csv", rows, header))
+
+
+def test_other_things_that_are_wrong(tmp_path):
+    files = write(tmp_path / "a.csv")
+    other = write(tmp_path / "b.csv", [("w1", "neither")])
+    with pytest.raises(UsageError, match="the validation samples have the class 'neither', which training has not"):
+        ready(files=files, val_files=other)
+    with pytest.raises(UsageError, match="expected files that all end in one of"):
+        ready(files=[files, write(tmp_path / "c.tsv", delimiter="\t")])
+    with pytest.raises(UsageError, match="expected tokenizer to be 'bytes'"):
+        ready(files=files, tokenizer="byte")
+    (tmp_path / "d.csv").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"d\.csv cannot be read as csv"):
+        ready(files=str(tmp_path / "d.csv"))
+    with pytest.raises(UsageError, match="max_length must be at least 1, got 0"):
+        ClassificationData(max_length=0)
+    with pytest.raises(UsageError, match="leave something to train on"):
+        ClassificationData(val_fraction=0.6, test_fraction=0.4)

@@ -1,4 +1,4 @@
-"""The command line: ``python cli.py fit|validate|test|predict|check|plot_schedule|lr_find|generate|export …``."""
+"""The command line: ``python cli.py fit|validate|test|predict|check|plot_schedule|lr_find|batch_size_find|…``."""
 
 import sys
 from collections.abc import Sequence
@@ -17,6 +17,8 @@ Train transformers that do not blow up.
   plot_schedule
              the learning rate of each group over the run that fit would make, as a picture
   lr_find    train at ever higher learning rates for some 200 steps, and suggest one
+  batch_size_find
+             try ever larger batches, and suggest the largest that fits
   generate   write text from a prompt
   export     the weights of a checkpoint as safetensors, with digests
 
@@ -70,6 +72,10 @@ def _run(words: list[str]) -> None:
         from lit_transformer.commands.lr_find import main as lr_find
 
         lr_find(words[1:])
+    elif words[0] == "batch_size_find":
+        from lit_transformer.commands.batch_size_find import main as batch_size_find
+
+        batch_size_find(words[1:])
     elif words[0] == "plot_schedule":
         from lit_transformer.commands.plot_schedule import main as plot_schedule
 

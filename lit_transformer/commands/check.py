@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
 
 from lit_callbacks.recipe import IDS, Finding, check
+from lit_transformer.commands.baseline import compare
 from lit_transformer.commands.prepared import Enough, PreparedCLI, Visit
 from lit_transformer.errors import UsageError
 
@@ -34,6 +35,9 @@ def main(words: list[str]) -> None:
         cli.start()
     if (steps := cli.settings.overfit_steps) > 0:
         findings.extend(_overfit(words, steps))
+    if (steps := cli.settings.baseline_steps) > 0:
+        findings.extend(compare(words, steps, _options))
+    findings = [finding for finding in findings if finding.id not in cli.settings.silence]
     for finding in findings:
         print(finding)
     if not findings:
@@ -46,6 +50,9 @@ def _options(parser: LightningArgumentParser) -> None:
     parser.add_argument("--silence", type=list[str], default=[], help="Ids of findings that are not wanted.")
     parser.add_argument(
         "--overfit_steps", type=int, default=0, help="Train on one batch for so many steps; 100 are enough."
+    )
+    parser.add_argument(
+        "--baseline_steps", type=int, default=0, help="Train for so many steps, and a model without attention as well."
     )
 
 

@@ -132,7 +132,7 @@ class TrainingLoader:
         world_size: int = 1,
         **options: Any,
     ) -> None:
-        self.stream = stream
+        self.stream, self.dataset = stream, samples
         share = slice(rank * batch_size, (rank + 1) * batch_size)
         self._draws = _Draws(stream, batch_size * world_size, share)
         self._inner = _data_loader(samples, self._draws, options)

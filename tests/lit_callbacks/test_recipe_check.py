@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, OneC
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from helpers import make_trainer
-from lit_callbacks import RecipeCheck
+from hf_models import save_bert
+from lit_callbacks import GradualUnfreezing, RecipeCheck
 from lit_callbacks.recipe import IDS, data_rules, finding, learning_rates, optimization_rules
 from lit_callbacks.recipe.plan import Plan
 
@@ -84,7 +85,8 @@ def found(tmp_path, module, train=None, val=None, steps=1, **options):
     """The ids of what is found before the first step."""
     check = RecipeCheck(**{"not_learning_after": 10**6, **options.pop("check", {})})
     train = train or DataLoader(Tokens(), 4, shuffle=True)
-    settings = {"max_steps": STEPS, "gradient_clip_val": 1.0, "callbacks": [check], "default_root_dir": tmp_path}
+    callbacks = [check, *options.pop("beside", [])]
+    settings = {"max_steps": STEPS, "gradient_clip_val": 1.0, "callbacks": callbacks, "default_root_dir": tmp_path}
     trainer = make_trainer(**{**settings, **options})
     stop_after(trainer, steps)
     trainer.fit(module, train, val)
@@ -430,8 +432,41 @@ def test_every_epoch_schedulers_and_plateaus_are_read(tmp_path):
     assert found(tmp_path, optimized(plateau)(), val=DataLoader(Tokens(8, 1), 4)) == {"no-warmup"}
 
 
+class FineTune(LightningModule):
+    """As people write it: the model stays in the mode in which from_pretrained returns it."""
+
+    def __init__(self, folder, train=False):
+        super().__init__()
+        self.model = hf.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2).train(train)
+
+    def training_step(self, batch, batch_idx):
+        return self.model(input_ids=batch[0], labels=batch[1]).loss
+
+    def configure_optimizers(self):
+        decays = [p for n, p in self.named_parameters() if p.ndim > 1 and "embeddings" not in n]
+        rest = [p for n, p in self.named_parameters() if not (p.ndim > 1 and "embeddings" not in n)]
+        groups = [{"params": decays, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
+        return with_warmup(torch.optim.AdamW(groups, lr=1e-4))
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")  # Lightning says so too
+def test_a_pretrained_model_in_eval_mode_and_little_data(tmp_path):
+    folder = save_bert(tmp_path / "bert")
+
+    def data(n):
+        return DataLoader(TensorDataset(torch.randint(5, 50, (n, 8)), torch.arange(n) % 2), 4, shuffle=True)
+
+    assert found(tmp_path, FineTune(folder), train=data(40)) == {"eval-mode", "little-data"}
+    assert found(tmp_path, FineTune(folder, train=True), train=data(1000)) == set()
+    staged = GradualUnfreezing()
+    assert found(tmp_path, FineTune(folder, train=True), train=data(40), beside=[staged]) == set()
+    frozen = FineTune(folder, train=True)
+    frozen.model.bert.requires_grad_(False).eval()
+    assert found(tmp_path, frozen, train=data(40)) == set()
+
+
 def test_ids_are_stable():
-    assert len(IDS) == len(set(IDS)) == 22
+    assert len(IDS) == len(set(IDS)) == 25
 
 
 # ---- what one process without a GPU does not come to

@@ -13,8 +13,8 @@ Severity = Literal["error", "warning", "note"]
 Rule = Callable[[Plan], Iterator[tuple[str, str]]]
 
 _RULES: dict[str, tuple[Severity, Rule]] = {}
-IDS: list[str] = ["not-learning", "generalization-gap", "overfit-one-batch"]
-"""The ids of all rules; the first two are asked while a run is under way, the third where it is wanted."""
+IDS: list[str] = ["not-learning", "generalization-gap", "overfit-one-batch", "worse-than-baseline"]
+"""The ids of all rules; the first two are asked while a run is under way, the two after them where they are wanted."""
 
 
 @dataclass(frozen=True)

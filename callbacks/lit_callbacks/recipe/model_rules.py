@@ -9,6 +9,8 @@ from lit_callbacks.recipe.plan import Plan
 
 Found = Iterator[tuple[str, str]]
 
+_LITTLE = 1000  # samples
+
 
 @rule("high-dropout", "warning")
 def high_dropout(plan: Plan) -> Found:
@@ -49,3 +51,34 @@ def tied_weights_broken(plan: Plan) -> Found:
                 "Call tie_weights() after replacing either of them, or set tie_word_embeddings to false.",
             )
             return
+
+
+@rule("eval-mode", "warning")
+def eval_mode(plan: Plan) -> Found:
+    """``from_pretrained`` returns a model in ``eval()``, and Lightning leaves it there."""
+    modules = dict(plan.module.named_modules())
+    asleep = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, nn.Dropout) and module.p > 0 and not module.training
+        if any(p.requires_grad for p in modules[name.rpartition(".")[0]].parameters())
+    ]
+    if asleep:
+        text = f"{len(asleep)} dropout modules are in eval mode, so nothing is dropped: {asleep[0]}."
+        yield text, "Call train() on the model after loading it."
+
+
+@rule("little-data", "note")
+def little_data(plan: Plan) -> Found:
+    """Few samples, and all of a pretrained model to be changed by them."""
+    samples = sum(len(loader.dataset) for loader in plan.train_loaders if hasattr(loader, "dataset"))
+    staged = any(type(callback).__name__ == "GradualUnfreezing" for callback in plan.trainer.callbacks)  # type: ignore[attr-defined]
+    for module in plan.module.modules():
+        pretrained = getattr(getattr(module, "config", None), "_name_or_path", "")
+        if not pretrained or not 0 < samples < _LITTLE or staged:
+            continue
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        if 2 * trained > sum(p.numel() for p in module.parameters()):
+            text = f"{samples:,} samples train {trained:,} parameters of {pretrained}."
+            yield text, f"Below {_LITTLE:,}, freeze all but the head; or use LoRA, or GradualUnfreezing."
+        return

@@ -52,7 +52,7 @@ def _options(parser: LightningArgumentParser) -> None:
         "--overfit_steps", type=int, default=0, help="Train on one batch for so many steps; 100 are enough."
     )
     parser.add_argument(
-        "--baseline_steps", type=int, default=0, help="Train for so many steps, and a model without attention as well."
+        "--baseline_steps", type=int, default=0, help="Train so many steps, a model without attention as well; try 300."
     )
 
 

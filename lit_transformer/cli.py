@@ -20,7 +20,7 @@ Train transformers that do not blow up.
   batch_size_find
              try ever larger batches, and suggest the largest that fits
   generate   write text from a prompt
-  export     the weights of a checkpoint as safetensors, with digests
+  export     the weights of a checkpoint as safetensors with digests, or as Hugging Face loads them
 
 {program} COMMAND --help lists the settings of a command; fit --print_config prints them all with their values.
 --config takes a file, or the name of a shipped one ({names}); more than one are merged, flags win.

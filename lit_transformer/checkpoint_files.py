@@ -12,6 +12,8 @@ from lit_transformer.errors import UsageError
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The contents of a Lightning checkpoint, on the CPU and without unpickling code.
 
+    Not verified by its manifest, which is a matter of the callbacks, which a model does not need.
+
     Raises:
         UsageError: If there is no such file, or it is none.
     """

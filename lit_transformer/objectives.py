@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MultilabelAccuracy, MultilabelF1Score
 
+from lit_transformer.errors import UsageError
 from lit_transformer.metrics import BitsPerByte, Perplexity
 
 IGNORED = -100
@@ -113,7 +114,8 @@ class TokenObjective(Objective):
 
     def predictions(self, logits: Tensor, targets: Tensor | None) -> dict[str, Tensor]:
         """The mean loss of each sequence in nats per token."""
-        assert targets is not None
+        if targets is None:
+            raise UsageError("a prediction about tokens is how likely the targets are, and the batch has no targets")
         count = (targets != IGNORED).sum(1).clamp(min=1)
         return {"loss": self._nats(logits, targets).sum(1) / count}
 

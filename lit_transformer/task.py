@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_transformer.distillation import Distillation
 from lit_transformer.errors import UsageError
-from lit_transformer.objectives import Objective, TokenObjective
+from lit_transformer.objectives import ClassObjective, Objective, TokenObjective
 from lit_transformer.optim import ParamGroups, Schedule, WarmupCosine
 from lit_transformer.recipe import LitRecipe
 
@@ -35,11 +35,11 @@ class LitTask(LitRecipe):
         distillation: A teacher, and how much it counts.
 
     Raises:
+        ValueError: If there is a teacher for an objective with several labels a sample.
         UsageError: At the start of fit, if the teacher cannot be loaded, or has other classes than the student.
     """
 
     kind: str  # what is predicted: causal_lm, masked_lm, classification or seq2seq
-    input_names: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids")
 
     def __init__(
         self,
@@ -53,6 +53,8 @@ class LitTask(LitRecipe):
         super().__init__(optimizer, schedule, target_batch_tokens, param_groups)
         self.objective = objective
         self.distillation = Distillation(**distillation) if isinstance(distillation, Mapping) else distillation
+        if self.distillation is not None and isinstance(objective, ClassObjective) and objective.multi_label:
+            raise ValueError("distillation is for one class a sample, and multi_label is set; leave one of them out")
         taught = None if self.distillation is None else asdict(self.distillation)
         self.save_hyperparameters({"label_smoothing": objective.label_smoothing, "distillation": taught})
         # In a tuple, which torch does not look into: no part of the student's weights, checkpoints or summary.
@@ -102,7 +104,7 @@ class LitTask(LitRecipe):
     def _divergence(self, batch: Batch, logits: Tensor, targets: Tensor) -> Tensor:
         assert self.distillation is not None
         with torch.no_grad():
-            said = self._teacher[0].logits({name: batch[name] for name in self.input_names if name in batch})
+            said = self._teacher[0].logits(batch)
         if said.shape != logits.shape:
             raise UsageError(
                 f"the teacher {self.distillation.teacher} has logits of shape {tuple(said.shape)}, the student of "
@@ -121,7 +123,8 @@ class LitTask(LitRecipe):
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """What the objective says of each sample, and the samples' ids if the batch has any; each ``(B,)``."""
         ids = {"sample_ids": batch["sample_ids"]} if "sample_ids" in batch else {}
-        return ids | self.objective.predictions(self.logits(batch), self.targets(batch))
+        targets = self.targets(batch) if "targets" in batch or "labels" in batch else None
+        return ids | self.objective.predictions(self.logits(batch), targets)
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
         self.objective.update(self.logits(batch), self.targets(batch))

@@ -40,7 +40,7 @@ def load_body(module: nn.Module, checkpoint: str | Path) -> None:
     if beyond := [name for name in weights if name not in own and name.startswith(tuple(stacks))]:
         raise UsageError(
             f"{checkpoint} is of another architecture: it has {beyond[0]}, which is not here; see "
-            f"model.init_args.config.n_layers, which is at most {top - 1} here"
+            f"model.init_args.config, which has {top - 1} layers here"
         )
     with torch.no_grad():
         for name, parameter in own.items():

@@ -51,6 +51,8 @@ def _load(paths: list[str], ending: str) -> Any:
     try:
         return datasets.load_dataset(_FORMATS[ending], data_files=paths, split="train", **options)
     except Exception as error:  # pyarrow's and pandas' errors have no common base
+        if "corresponds to no data" in str(error):
+            raise UsageError(f"expected rows in {paths[0]}, got none") from None
         cause = error.__cause__ or error
         raise UsageError(f"{paths[0]} cannot be read as {ending}: {' '.join(str(cause).split())[:300]}") from None
     finally:

@@ -78,6 +78,8 @@ class TransformerConfig:
     embedding_dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        if self.vocab_size is None:  # what the command line passes on where the data has none
+            raise ValueError("vocab_size must be at least 1, got None; give the data module a vocab_size")
         for name in ("vocab_size", "max_length", "d_model", "n_layers", "n_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -20,6 +20,9 @@ _UNKNOWN_KEY = re.compile(
 _UNKNOWN_CLASS = re.compile(r"module '([^']+)' has no attribute '([^']+)'|No module named '([^']+)'")
 _LITERAL = re.compile(r"Expected a typing\.Literal\[(.*)\]\. Got value: (.*)")
 _TYPE = re.compile(r"Expected a <class '([^']+)'>\. Got value: (.*)")
+_LINK = re.compile(
+    r"Call to compute_fn of link '.*' with args \(.*?\) failed: ", re.DOTALL
+)  # what the data itself refuses
 _EXPLAINED = re.compile(r"(unknown key |)([\w.]+(?:; did you mean .*| must be .*|))$")
 
 
@@ -34,6 +37,7 @@ def explain(message: str, known_keys: Iterable[str] = ()) -> str:
         >>> explain("unrecognized arguments: --trainer.max_stepz=5", ["trainer.max_steps", "seed_everything"])
         'unknown key trainer.max_stepz; did you mean trainer.max_steps?'
     """
+    message = _LINK.sub("", message)
     where = ".init_args.".join(dict.fromkeys(_KEY.findall(message)))
     class_path = (_CLASS.findall(message) or [""])[-1]
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]

@@ -17,6 +17,8 @@ from lit_transformer.objectives import IGNORED, ClassObjective, Objective, Token
 from lit_transformer.optim import ParamGroups, Schedule, WarmupCosine
 from lit_transformer.task import Batch, LitTask
 
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids")
+
 
 class LitPretrained(LitTask):
     """A Hugging Face model under our recipe: optimizer, groups, schedule, callbacks, checkpoints.
@@ -138,7 +140,7 @@ class LitPretrained(LitTask):
 
     def logits(self, batch: Batch) -> Tensor:
         """Likewise, of a batch."""
-        inputs = {name: batch[name] for name in self.input_names if name in batch}
+        inputs = {name: batch[name] for name in _INPUTS if name in batch}
         if self.kind == "seq2seq" and "decoder_input_ids" not in inputs:
             inputs["decoder_input_ids"] = self._base().prepare_decoder_input_ids_from_labels(self.targets(batch))
         logits: Tensor = self(**inputs)
@@ -156,12 +158,13 @@ class LitPretrained(LitTask):
     def setup(self, stage: str) -> None:
         """Check that the data fits the model."""
         data, config = getattr(self.trainer, "datamodule", None), self._base().config
-        for ours, theirs in (("vocab_size", "vocab_size"), ("block_size", "max_position_embeddings")):
+        length = "max_position_embeddings"
+        for ours, theirs in (("vocab_size", "vocab_size"), ("block_size", length), ("max_length", length)):
             needed, there = getattr(data, ours, None), getattr(config, theirs, None)
             if needed is not None and there is not None and needed > there:
                 raise UsageError(
                     f"the data has {ours}={needed}, but the model {theirs}={there}: use the model's own tokenizer, "
-                    "and blocks that it can take"
+                    "and no longer texts than it can take"
                 )
         super().setup(stage)
 

@@ -84,7 +84,7 @@ def optimized(make):
 def found(tmp_path, module, train=None, val=None, steps=1, **options):
     """The ids of what is found before the first step."""
     check = RecipeCheck(**{"not_learning_after": 10**6, **options.pop("check", {})})
-    train = train or DataLoader(Tokens(), 4, shuffle=True)
+    train = DataLoader(Tokens(), 4, shuffle=True) if train is None else train
     callbacks = [check, *options.pop("beside", [])]
     settings = {"max_steps": STEPS, "gradient_clip_val": 1.0, "callbacks": callbacks, "default_root_dir": tmp_path}
     trainer = make_trainer(**{**settings, **options})
@@ -449,6 +449,12 @@ class FineTune(LightningModule):
         return with_warmup(torch.optim.AdamW(groups, lr=1e-4))
 
 
+class Endless(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield torch.randint(5, 50, (8,)), 1
+
+
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode")  # Lightning says so too
 def test_a_pretrained_model_in_eval_mode_and_little_data(tmp_path):
     folder = save_bert(tmp_path / "bert")
@@ -460,6 +466,7 @@ def test_a_pretrained_model_in_eval_mode_and_little_data(tmp_path):
     assert found(tmp_path, FineTune(folder, train=True), train=data(1000)) == set()
     staged = GradualUnfreezing()
     assert found(tmp_path, FineTune(folder, train=True), train=data(40), beside=[staged]) == set()
+    assert found(tmp_path, FineTune(folder, train=True), train=DataLoader(Endless(), 4)) == set()
     frozen = FineTune(folder, train=True)
     frozen.model.bert.requires_grad_(False).eval()
     assert found(tmp_path, frozen, train=data(40)) == set()

@@ -129,6 +129,8 @@ def test_other_things_that_are_wrong(tmp_path):
     (tmp_path / "d.csv").write_bytes(b"")
     with pytest.raises(UsageError, match=r"d\.csv cannot be read as csv"):
         ready(files=str(tmp_path / "d.csv"))
+    with pytest.raises(UsageError, match=r"expected rows in .*e\.csv, got none"):
+        ready(files=write(tmp_path / "e.csv", []))
     with pytest.raises(UsageError, match="max_length must be at least 1, got 0"):
         ClassificationData(max_length=0)
     with pytest.raises(UsageError, match="leave something to train on"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_models import save_gpt2
+from hf_models import save_gpt2, save_t5
 from lit_transformer import Distillation, LitCausalLM, LitPretrained
 from lit_transformer.errors import UsageError
 from tiny_task import TINY, Blocks, trainer
@@ -81,6 +81,22 @@ def test_a_teacher_of_ours_for_a_hugging_face_student(tmp_path):
     fit = trainer(tmp_path, max_steps=2)
     fit.fit(LitPretrained(folder, optimizer=ADAM, schedule=None, distillation=distillation), Blocks())
     assert fit.callback_metrics["train/distillation"] > 0
+
+
+def test_sequence_to_sequence_with_targets_alone(tmp_path):
+    folder = save_t5(tmp_path / "t5")
+    student = LitPretrained(folder, "seq2seq", distillation=Distillation(folder))
+    student._teacher = (LitPretrained(folder, "seq2seq").eval(),)
+    ids = torch.randint(5, 50, (2, 6))
+    batch = {"input_ids": ids, "targets": ids.flip(1)}
+    logits = student.eval().logits(batch)
+    assert student._divergence(batch, logits, batch["targets"]).abs() < 1e-5  # they are the same
+
+
+def test_several_labels_a_sample_are_refused(tmp_path):
+    folder = save_gpt2(tmp_path / "gpt2")
+    with pytest.raises(ValueError, match="multi_label is set"):
+        LitPretrained(folder, "classification", multi_label=True, distillation=Distillation("t"))
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

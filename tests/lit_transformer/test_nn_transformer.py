@@ -185,6 +185,11 @@ def test_impossible_configurations_are_refused(choices, message):
         TransformerConfig(**(SMALL | choices))
 
 
+def test_data_without_a_vocabulary_is_named():
+    with pytest.raises(ValueError, match="vocab_size must be at least 1, got None; give the data module a vocab_size"):
+        TransformerConfig(vocab_size=None)
+
+
 def test_feed_forward_widths():
     assert TransformerConfig(d_model=96).ffn_width == 384
     assert TransformerConfig(d_model=96, activation="swiglu").ffn_width == 256

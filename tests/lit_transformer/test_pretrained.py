@@ -134,7 +134,7 @@ def test_fit_and_export_from_the_command_line(folders, tmp_path, monkeypatch, ca
     model = ["--model", "lit_transformer.LitPretrained", "--model.path", folders["bert"]]
     model += ["--model.task", "classification", "--model.lora.rank", "2"]
     data = ["--data", "lit_transformer.ClassificationData", "--data.files", "a.csv", "--data.batch_size", "8"]
-    data += ["--data.tokenizer", folders["bert"]]
+    data += ["--data.tokenizer", folders["bert"], "--data.max_length", "32"]
     Path("c.yaml").write_text(
         "trainer: {max_steps: 4, log_every_n_steps: 2, accelerator: cpu, precision: 32-true, gradient_clip_val: 1.0}\n"
     )
@@ -192,6 +192,32 @@ def test_weights_of_another_architecture_are_refused(folders, tmp_path):
     hf.BertConfig.from_pretrained(folders["bert"]).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=r"another architecture .*layer\.1\."):
         LitPretrained(str(tmp_path), "masked_lm")
+
+
+def test_what_the_data_refuses_is_said_without_scaffolding(folders, capsys):
+    data = ["--data", "lit_transformer.ClassificationData", "--data.files", "nothere.csv"]
+    model = ["--model", "lit_transformer.LitPretrained", "--model.path", folders["bert"]]
+    with pytest.raises(SystemExit):
+        main(["fit", *model, "--model.task", "classification", *data])
+    error = capsys.readouterr().err.strip()
+    assert error.endswith("error: expected a file or a glob that matches files, got 'nothere.csv'. Check the spelling.")
+
+
+def test_predictions_need_no_targets(folders):
+    task = LitPretrained(folders["bert"], "classification").eval()
+    ids = torch.arange(5, 13)[None]
+    found = task.predict_step({"input_ids": ids}, 0)
+    assert sorted(found) == ["label", "probability"]
+    with pytest.raises(UsageError, match="the batch has no targets"):
+        LitPretrained(folders["bert"], "masked_lm").predict_step({"input_ids": ids}, 0)
+
+
+def test_texts_longer_than_the_model_takes_are_refused(folders, tmp_path):
+    class Long(Data):
+        max_length = 33
+
+    with pytest.raises(UsageError, match="the data has max_length=33, but the model max_position_embeddings=32"):
+        make_trainer(max_steps=1, default_root_dir=tmp_path).fit(LitPretrained(folders["bert"], "masked_lm"), Long())
 
 
 def test_data_that_does_not_fit_is_refused(folders, tmp_path):

@@ -1,9 +1,11 @@
 """Rules about the model."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
+from lit_callbacks.gradual_unfreezing import GradualUnfreezing
 from lit_callbacks.recipe.finding import rule
 from lit_callbacks.recipe.plan import Plan
 
@@ -71,14 +73,18 @@ def eval_mode(plan: Plan) -> Found:
 @rule("little-data", "note")
 def little_data(plan: Plan) -> Found:
     """Few samples, and all of a pretrained model to be changed by them."""
-    samples = sum(len(loader.dataset) for loader in plan.train_loaders if hasattr(loader, "dataset"))
-    staged = any(type(callback).__name__ == "GradualUnfreezing" for callback in plan.trainer.callbacks)  # type: ignore[attr-defined]
+    datasets: list[Any] = [getattr(loader, "dataset", None) for loader in plan.train_loaders]
+    if not all(hasattr(dataset, "__len__") for dataset in datasets):
+        return  # a stream
+    samples = sum(map(len, datasets))
+    callbacks = plan.trainer.callbacks  # type: ignore[attr-defined]  # what Lightning sets in another file
+    if samples >= _LITTLE or any(isinstance(callback, GradualUnfreezing) for callback in callbacks):
+        return
     for module in plan.module.modules():
-        pretrained = getattr(getattr(module, "config", None), "_name_or_path", "")
-        if not pretrained or not 0 < samples < _LITTLE or staged:
+        if not (pretrained := getattr(getattr(module, "config", None), "_name_or_path", "")):
             continue
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         if 2 * trained > sum(p.numel() for p in module.parameters()):
             text = f"{samples:,} samples train {trained:,} parameters of {pretrained}."
             yield text, f"Below {_LITTLE:,}, freeze all but the head; or use LoRA, or GradualUnfreezing."
-        return
+            return

@@ -13,7 +13,7 @@ import torch
 from lit_transformer.data import corpus
 from lit_transformer.data.encoder import Encoder
 from lit_transformer.data.functions import Sample, functions, largest_packages, split_packages
-from lit_transformer.data.loader import Batch, EvaluationLoader, Samples, TrainingLoader
+from lit_transformer.data.loader import Batch, Samples
 from lit_transformer.data.order import Ids
 from lit_transformer.data.resumable import ResumableData
 from lit_transformer.data.tables import read_table
@@ -121,18 +121,12 @@ class ClassificationData(ResumableData):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, seed)
-        for name, value, least in (("max_length", max_length, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-            if value < least:
-                raise UsageError(f"{name} must be at least {least}, got {value}")
-        if min(val_fraction, test_fraction) <= 0 or val_fraction + test_fraction >= 1:
-            raise UsageError(
-                "val_fraction and test_fraction must be above 0 and leave something to train on, "
-                f"got {val_fraction} and {test_fraction}"
-            )
+        # As in LanguageModelingData: Lightning's own look at the frame leaves a cycle.
         self.save_hyperparameters(logger=False, frame=inspect.currentframe())
+        self._check_settings(max_length=1)
         self.max_length = max_length
         self.fractions = {"validation": val_fraction, "test": test_fraction}
-        self._texts: dict[str, LabelledTexts] = {}
+        self._digest = ""
         self._cut = 0
 
     @cached_property
@@ -176,13 +170,13 @@ class ClassificationData(ResumableData):
         """Return what a person wants to know about the data; after setup."""
         self._require_setup()
         source = "functions of the standard library of Python" if self.hparams["files"] is None else "files"
-        sizes = ", ".join(f"{name} {len(texts):,}" for name, texts in self._texts.items())
+        sizes = ", ".join(f"{name} {len(texts):,}" for name, texts in self._splits.items())
         cut = f"; {self._cut:,} texts cut off at {self.max_length} tokens" if self._cut else ""
         return f"{source}, {len(self.labels)} classes, samples: {sizes}{cut}"
 
     def setup(self, stage: str | None = None) -> None:
         """Tokenise; a second call changes nothing."""
-        if not self._texts:
+        if not self._splits:
             number = {label: i for i, label in enumerate(self.labels)}
             for name, samples in self._samples.items():
                 if not samples:
@@ -192,30 +186,13 @@ class ClassificationData(ResumableData):
                 tokens, cut = self.encoder([text for text, _ in samples])
                 self._cut += cut
                 targets = [number[label] for _, label in samples]
-                self._texts[name] = LabelledTexts(name, tokens, targets, self.encoder.pad_id)
-        self._stream_over(len(self._texts["train"]))
-
-    def train_dataloader(self) -> TrainingLoader | EvaluationLoader:
-        """Return the loader that continues the stream."""
-        self._require_setup()
-        return self._training_loader(self._texts["train"])
-
-    def val_dataloader(self) -> EvaluationLoader:
-        """Return the validation samples of this rank."""
-        self._require_setup()
-        return self._evaluation_loader(self._texts["validation"])
-
-    def test_dataloader(self) -> EvaluationLoader:
-        """Return the test samples of this rank."""
-        self._require_setup()
-        return self._evaluation_loader(self._texts["test"])
-
-    def predict_dataloader(self) -> EvaluationLoader:
-        """Return the test samples of this rank."""
-        return self.test_dataloader()
+                self._splits[name] = texts = LabelledTexts(name, tokens, targets, self.encoder.pad_id)
+                if name == "train":
+                    self._digest = texts.digest()
+        self._stream_over(len(self._splits["train"]))
 
     def _meaning(self) -> dict[str, Any]:
-        return {"seed": self._stream.seed, "digest": self._texts["train"].digest()}
+        return {"seed": self._stream.seed, "digest": self._digest}
 
 
 def stratified(samples: list[Sample], fractions: dict[str, float], seed: int) -> dict[str, list[Sample]]:

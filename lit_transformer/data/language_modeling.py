@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_transformer.data.cache import Prepared, Recipe, prepare
-from lit_transformer.data.loader import Blocks, EvaluationLoader, TrainingLoader
+from lit_transformer.data.loader import Blocks
 from lit_transformer.data.resumable import ResumableData
 from lit_transformer.data.tokenizer import ByteTokenizer, Tokenizer, from_file
 from lit_transformer.errors import UsageError
@@ -80,33 +80,13 @@ class LanguageModelingData(ResumableData):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__(batch_size, seed)
-        for name, value, least in (
-            ("bpe_vocab_size", bpe_vocab_size, 257),
-            ("block_size", block_size, 1),
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("prefetch_factor", 1 if prefetch_factor is None else prefetch_factor, 1),
-            ("seed", seed, 0),
-        ):
-            if value < least:
-                raise UsageError(f"{name} must be at least {least}, got {value}")
-        if min(val_fraction, test_fraction) <= 0 or val_fraction + test_fraction >= 1:
-            raise UsageError(
-                "val_fraction and test_fraction must be above 0 and leave something to train on, "
-                f"got {val_fraction} and {test_fraction}"
-            )
-        if num_workers == 0 and (prefetch_factor is not None or persistent_workers):
-            raise UsageError(
-                "prefetch_factor and persistent_workers are about worker processes, got num_workers=0. "
-                "Set num_workers, or leave them out."
-            )
         # Lightning's own look at the frame leaves a cycle that keeps every caller's variables, loader workers too.
         self.save_hyperparameters(logger=False, frame=inspect.currentframe())
+        self._check_settings(bpe_vocab_size=257, block_size=1)
         self.block_size = block_size
         self._recipe = Recipe(files, val_files, test_files, val_fraction, test_fraction, tokenizer, bpe_vocab_size)
         self._tokenizer = _untrained(tokenizer)
         self._prepared: Prepared | None = None
-        self._blocks: dict[str, Blocks] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -161,28 +141,9 @@ class LanguageModelingData(ResumableData):
                         f"{split.tokens} ({split.bytes} bytes). Give more text, hold out another fraction, or lower "
                         "block_size."
                     )
-                self._blocks[name] = Blocks(prepared.folder / f"{name}.npy", self.block_size)
+                self._splits[name] = Blocks(prepared.folder / f"{name}.npy", self.block_size)
             self._prepared = prepared
-        self._stream_over(len(self._blocks["train"]))
-
-    def train_dataloader(self) -> TrainingLoader | EvaluationLoader:
-        """Return the loader that continues the stream."""
-        self._ready()
-        return self._training_loader(self._blocks["train"])
-
-    def val_dataloader(self) -> EvaluationLoader:
-        """Return the validation blocks of this rank."""
-        self._ready()
-        return self._evaluation_loader(self._blocks["validation"])
-
-    def test_dataloader(self) -> EvaluationLoader:
-        """Return the test blocks of this rank."""
-        self._ready()
-        return self._evaluation_loader(self._blocks["test"])
-
-    def predict_dataloader(self) -> EvaluationLoader:
-        """Return the test blocks of this rank."""
-        return self.test_dataloader()
+        self._stream_over(len(self._splits["train"]))
 
     def _ready(self) -> Prepared:
         self._require_setup()

@@ -16,9 +16,9 @@ from lit_transformer.errors import UsageError
 class ResumableData(LightningDataModule):
     """A data module whose training samples come from one endless stream.
 
-    A subclass ends every ``setup`` with :meth:`_stream_over`, and makes its loaders with :meth:`_training_loader` and
-    :meth:`_evaluation_loader`; its hyperparameters include the loader options ``num_workers``, ``prefetch_factor``,
-    ``persistent_workers`` and ``pin_memory``.
+    A subclass puts its ``train``, ``validation`` and ``test`` samples into ``_splits`` and ends every ``setup`` with
+    :meth:`_stream_over`. Its hyperparameters include ``val_fraction``, ``test_fraction``, and the loader options
+    ``num_workers``, ``prefetch_factor``, ``persistent_workers`` and ``pin_memory``.
 
     Args:
         batch_size: Samples in a batch of one device.
@@ -32,8 +32,28 @@ class ResumableData(LightningDataModule):
         super().__init__()
         self.batch_size = batch_size
         self._stream = SampleStream(seed)
+        self._splits: dict[str, Samples] = {}
         self._loaded: dict[str, Any] | None = None
         self._loaders: WeakSet[TrainingLoader | EvaluationLoader] = WeakSet()
+
+    def _check_settings(self, **least: int) -> None:
+        """Refuse hyperparameters that are out of range; ``least`` has the smallest value of the subclass's own."""
+        least |= {"batch_size": 1, "num_workers": 0, "prefetch_factor": 1, "seed": 0}
+        for name, smallest in least.items():
+            if (value := self.hparams[name]) is not None and value < smallest:
+                raise UsageError(f"{name} must be at least {smallest}, got {value}")
+        val_fraction, test_fraction = self.hparams["val_fraction"], self.hparams["test_fraction"]
+        if min(val_fraction, test_fraction) <= 0 or val_fraction + test_fraction >= 1:
+            raise UsageError(
+                "val_fraction and test_fraction must be above 0 and leave something to train on, "
+                f"got {val_fraction} and {test_fraction}"
+            )
+        for_workers = self.hparams["prefetch_factor"] is not None or self.hparams["persistent_workers"]
+        if self.hparams["num_workers"] == 0 and for_workers:
+            raise UsageError(
+                "prefetch_factor and persistent_workers are about worker processes, got num_workers=0. "
+                "Set num_workers, or leave them out."
+            )
 
     @abstractmethod
     def _meaning(self) -> dict[str, Any]:
@@ -85,6 +105,25 @@ class ResumableData(LightningDataModule):
         self._loaded = state_dict
         self._stream.load_state_dict(state_dict)
 
+    def train_dataloader(self) -> TrainingLoader | EvaluationLoader:
+        """Return the loader that continues the stream."""
+        self._require_setup()
+        return self._training_loader(self._splits["train"])
+
+    def val_dataloader(self) -> EvaluationLoader:
+        """Return the validation samples of this rank."""
+        self._require_setup()
+        return self._evaluation_loader(self._splits["validation"])
+
+    def test_dataloader(self) -> EvaluationLoader:
+        """Return the test samples of this rank."""
+        self._require_setup()
+        return self._evaluation_loader(self._splits["test"])
+
+    def predict_dataloader(self) -> EvaluationLoader:
+        """Return the test samples of this rank."""
+        return self.test_dataloader()
+
     def teardown(self, stage: str | None = None) -> None:
         """Stop persistent workers."""
         for loader in self._loaders:
@@ -117,7 +156,6 @@ class ResumableData(LightningDataModule):
 
     def _training_loader(self, samples: Samples) -> TrainingLoader | EvaluationLoader:
         """Return the loader that continues the stream; with ``overfit_batches`` one that repeats its first batches."""
-        self._require_setup()
         if getattr(self.trainer, "overfit_batches", 0):
             return self._evaluation_loader(samples)
         loader = TrainingLoader(

@@ -271,7 +271,7 @@ def test_no_worker_outlives_the_fit(make, tmp_path, workers):
 
 
 def test_a_worker_is_sent_the_path_and_not_the_tokens(data):
-    blocks = data._blocks["train"]
+    blocks = data._splits["train"]
     sent = pickle.dumps(blocks)
     assert len(sent) < 500
     assert torch.equal(

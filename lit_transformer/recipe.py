@@ -120,9 +120,10 @@ class LitRecipe(LightningModule):
             )
         for group in optimizer.param_groups:
             group["lr"] *= group["lr_scale"] * self._lr_scale
-        if isinstance(optimizer, torch.optim.SGD | torch.optim.Adam):
+        if isinstance(optimizer, torch.optim.Adam):
             # Set on the groups, not in the constructor: a constructor's fused=True makes the optimizer unscale by
-            # itself, and then clipping under a GradScaler raises. Fused is the fastest on CPU as well.
+            # itself, and then clipping under a GradScaler raises. Fused is the fastest on CPU as well. Not so for SGD:
+            # torch's fused one with momentum fails on a parameter whose first gradient comes in a later step.
             for group in optimizer.param_groups:
                 if group["fused"] is None and group["foreach"] is None:
                     group["fused"] = True

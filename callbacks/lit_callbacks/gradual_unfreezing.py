@@ -36,8 +36,9 @@ class GradualUnfreezing(Member):
 
     Raises:
         ValueError: If an argument is out of range, or their lengths do not fit together.
-        SetupError: At the start of fit, if a glob matches no parameter, if a parameter is in no optimizer, or under
-            DDP, which needs every parameter's gradient in every step.
+        SetupError: At the start of fit, if a glob matches no parameter, if a parameter is in no optimizer, under a
+            strategy that shards, or under DDP without ``find_unused_parameters=True``: it would wait for the gradients
+            of frozen parameters.
 
     State: none.
 
@@ -80,14 +81,15 @@ class GradualUnfreezing(Member):
         return sum(epoch >= end for end in self._ends)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse DDP, and globs that match nothing; remember what is trained in the end."""
+        """Refuse strategies and globs that do not fit; remember what is trained in the end."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        if trainer.world_size > 1:
+        settings = getattr(trainer.strategy, "_ddp_kwargs", None)  # where Lightning keeps what it hands to DDP
+        if settings is not None and (not settings.get("find_unused_parameters") or settings.get("static_graph")):
             raise SetupError(
-                "GradualUnfreezing works on a single device: DDP waits for the gradients of frozen parameters. Freeze "
-                "for the whole run with requires_grad_(False) instead."
+                "GradualUnfreezing under DDP needs strategy='ddp_find_unused_parameters_true' and no static graph: DDP "
+                "would wait for the gradients of frozen parameters."
             )
         self.events, self._stage, self._evaluated = EventLog(run_folder(trainer)), -1, []
         self._trainable = [name for name, p in pl_module.named_parameters() if p.requires_grad]

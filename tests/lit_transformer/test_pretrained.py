@@ -1,5 +1,9 @@
 """Hugging Face models under our recipe: the same logits and loss as theirs, phases, LoRA, export."""
 
+import json
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -8,7 +12,12 @@ import pytest
 import torch
 import transformers as hf
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
+
+sys.path.append(str(Path(__file__).parent))
+
+from fine_tuning_worker import fine_tune, samples
 
 from helpers import make_trainer
 from hf_models import save_bert, save_gpt2, save_t5
@@ -22,15 +31,6 @@ from lit_transformer.errors import UsageError
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     return {"bert": save_bert(root / "bert"), "gpt2": save_gpt2(root / "gpt2"), "t5": save_t5(root / "t5")}
-
-
-def samples(n=32):
-    """Does a sequence have many large tokens?"""
-    ids = torch.randint(5, 50, (n, 8), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[::2, 6:] = 0
-    targets = (ids[:, :6].float().mean(1) > 27).long()
-    return [{"input_ids": i, "attention_mask": m, "targets": t} for i, m, t in zip(ids, mask, targets, strict=True)]
 
 
 class Data(LightningDataModule):
@@ -73,6 +73,53 @@ def test_it_is_in_training_mode_and_fp32(folders, tmp_path):
     ours = LitPretrained(str(tmp_path), "masked_lm")
     assert all(module.training for module in ours.modules())
     assert {p.dtype for p in ours.parameters()} == {torch.float32}
+
+
+def test_exactly_the_parameters_of_a_stage_move_also_when_resumed_in_it(folders, tmp_path):
+    class Watch(Callback):
+        def on_train_start(self, trainer, pl_module):  # Lightning has no epoch start where one goes on
+            self.on_train_epoch_start(trainer, pl_module)
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            moved[trainer.current_epoch] = set()
+            self.before = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            now = dict(pl_module.named_parameters())
+            moved[trainer.current_epoch] |= {name for name, p in self.before.items() if not torch.equal(now[name], p)}
+
+    moved = {}
+    whole = fine_tune(folders["bert"], tmp_path, 8, callbacks=[Watch()])
+    everything = {name for name, _ in whole.named_parameters()}
+    head = {name for name in everything if "classifier" in name or "pooler" in name}
+    top = head | {name for name in everything if ".layer.1." in name}
+    keys = {name for name in everything if name.endswith("key.bias")}  # adds the same to all logits: no gradient
+    expected = [head, top - keys, everything - keys, everything - keys]
+    assert [names - keys for names in moved.values()] == expected
+    for step, epoch in ((2, 0), (6, 1), (10, 2), (14, 3)):
+        moved = {}
+        resumed = fine_tune(folders["bert"], tmp_path, 8, str(tmp_path / f"step={step}.ckpt"), callbacks=[Watch()])
+        assert [names - keys for names in moved.values()] == expected[epoch:]
+        assert all(torch.equal(p, whole.state_dict()[name]) for name, p in resumed.state_dict().items())
+
+
+def test_two_ranks_fine_tune_what_one_process_does_also_when_resumed_in_each_stage(folders, tmp_path):
+    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    worker = Path(__file__).with_name("fine_tuning_worker.py")
+    run = subprocess.run(
+        [*launcher, worker, folders["bert"], tmp_path], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    alone = fine_tune(folders["bert"], tmp_path / "alone", 8).state_dict()
+    ranks = [json.loads((tmp_path / f"fine_{rank}.json").read_text()) for rank in range(2)]
+    assert ranks[0] == ranks[1]
+    found = ranks[0]
+    assert "ddp_find_unused_parameters_true" in found.pop("refused")
+    assert found["from 2"] == found["from 6"] == found["from 10"] == found["again"] == found["whole"]
+    for name in ("whole", "views"):
+        for key, value in found[name].items():
+            torch.testing.assert_close(torch.tensor(value), alone[key], atol=1e-5, rtol=1e-4)
 
 
 def test_frozen_then_unfrozen_it_learns(folders, tmp_path):

@@ -1,5 +1,6 @@
 """How any model is trained: optimizer, parameter groups, schedule, accumulation."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -14,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lit_transformer.batch_geometry import BatchGeometry, measure
 from lit_transformer.errors import UsageError
 from lit_transformer.optim import ParamGroups, Plateau, Schedule, WarmupConstant, WarmupCosine, WarmupPlateau
+from lit_transformer.optim.schedule_free import AveragedWeights, go_on, is_schedule_free
 from lit_transformer.optim.spec import factory_spec, factory_target, instance_spec, load_factory
 from lit_transformer.optim.total_steps import total_steps
 
@@ -24,8 +26,8 @@ class LitRecipe(LightningModule):
     Hyperparameters are saved as plain data, so ``load_from_checkpoint`` works with ``weights_only=True``.
 
     Args:
-        optimizer: Class of the optimizer, or a ``functools.partial`` of it. Torch's fused kernels are used where they
-            exist.
+        optimizer: Class of the optimizer, or a ``functools.partial`` of it. Adam and AdamW run fused. To
+            schedule-free ones belongs ``WarmupConstant``: their average takes the place of decay.
         schedule: What the learning rate is multiplied by at each step; None keeps it constant.
         target_batch_tokens: Tokens an optimizer step should see, over all devices. Accumulation is derived from it,
             rounded up, at the start of each fit; leave ``accumulate_grad_batches`` of the Trainer at 1. Needs a data
@@ -34,7 +36,8 @@ class LitRecipe(LightningModule):
 
     State:
         The batch geometry of the last fit, so that a resumed run says when it changes; what a plateau schedule has
-        seen.
+        seen. With a schedule-free optimizer, a checkpoint's weights are the average, which is also what is validated
+        and what a fit ends with; those that are trained stand beside it.
 
     Raises:
         ValueError: If ``optimizer`` is not a class or a partial of one.
@@ -74,6 +77,7 @@ class LitRecipe(LightningModule):
         self._plateau: Plateau | None = None
         self._plateau_state: dict[str, Any] | None = None
         self._validated = False
+        self._averaged: AveragedWeights | None = None
 
     @property
     def learning_rate(self) -> float:
@@ -112,12 +116,7 @@ class LitRecipe(LightningModule):
             optimizer = self.optimizer_factory(groups)
         except ValueError as error:
             raise UsageError(f"{factory_target(self.optimizer_factory).__name__}: {error}") from None
-        if callable(getattr(optimizer, "eval", None)):
-            raise UsageError(
-                f"{type(optimizer).__name__} trains other weights than it evaluates, so checkpoints and validation "
-                "would have the wrong ones: schedule-free optimizers are not supported. For a run without a fixed "
-                "length, use another one with WarmupConstant or WarmupStableDecay"
-            )
+        self._averaged = AveragedWeights(optimizer) if is_schedule_free(optimizer) else None
         for group in optimizer.param_groups:
             group["lr"] *= group["lr_scale"] * self._lr_scale
         if isinstance(optimizer, torch.optim.Adam):
@@ -134,7 +133,7 @@ class LitRecipe(LightningModule):
         except ValueError as error:
             raise UsageError(str(error)) from None
         scheduler = LambdaLR(optimizer, lambda step: self._multiplier(step, steps))
-        self._groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        self._groups = [_settings(optimizer, group) for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
 
     def _multiplier(self, step: int, total_steps: int) -> float:
@@ -153,6 +152,18 @@ class LitRecipe(LightningModule):
     def on_validation_start(self) -> None:
         """Remember to look at its result, at the next batch: a checkpoint may be saved before the result is there."""
         self._validated = not self.trainer.sanity_checking
+        if self._averaged is not None and self.trainer.state.fn == "fit":
+            self._averaged.put_in_place()
+
+    def on_validation_end(self) -> None:
+        """Back to the weights that are trained."""
+        if self._averaged is not None and self.trainer.state.fn == "fit":
+            self._averaged.take_out()
+
+    def on_train_end(self) -> None:
+        """What a schedule-free optimizer ends with is the average."""
+        if self._averaged is not None:
+            self._averaged.put_in_place()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Show the plateau the result of the validation since the last batch."""
@@ -196,16 +207,27 @@ class LitRecipe(LightningModule):
             scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the batch geometry, and what the plateau has seen, with the weights."""
+        """Keep the batch geometry, what the plateau has seen, and a schedule-free optimizer's other weights."""
+        if self._averaged is not None:
+            self._averaged.save(self, checkpoint)
         if self._geometry is not None:
             checkpoint["batch_geometry"] = asdict(self._geometry)
         if self._plateau is not None:
             checkpoint["plateau"] = {"state": self._plateau.state_dict(), "validated": self._validated}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say when the number of devices, and with it the batch, is not what it was."""
+        """Say when the number of devices, and with it the batch, is not what it was; go on where training was."""
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            go_on(checkpoint)
         earlier = checkpoint.get("batch_geometry")
         if earlier is not None and self._geometry is not None and earlier != asdict(self._geometry):
             rank_zero_info(f"Before this resume: {BatchGeometry(**earlier).describe()}")
         if "plateau" in checkpoint:
             self._plateau_state, self._validated = checkpoint["plateau"]["state"], checkpoint["plateau"]["validated"]
+
+
+def _settings(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
+    """What a group has from the configuration; what else is in it, the optimizer counts."""
+    arguments = {name for cls in type(optimizer).__mro__ for name in inspect.signature(cls).parameters}
+    own = (arguments | {"name", "lr_scale", "initial_lr", "muon"}) - {"params"}
+    return {key: value for key, value in group.items() if key in own}

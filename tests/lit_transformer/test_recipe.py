@@ -60,11 +60,6 @@ def test_any_optimizer_trains_under_the_default_callbacks_and_is_resumed(tmp_pat
     assert whole.learning_rate == 1e-2
 
 
-def test_schedule_free_optimizers_are_refused(tmp_path):
-    with pytest.raises(UsageError, match="ScheduleFreeAdamW trains other weights than it evaluates"):
-        trainer(tmp_path, max_steps=2).fit(task(pytorch_optimizer.ScheduleFreeAdamW), Blocks())
-
-
 def test_layers_learn_at_their_own_rates(tmp_path):
     rates = Rates()
     groups = ParamGroups(layer_decay=0.5, overrides=[Override("*head*", lr_scale=2.0)])

@@ -59,6 +59,17 @@ def suggested(recipe: list[str], seed: int) -> float:
     return rate
 
 
+def mean_excess(losses: list[float]) -> float:
+    """How much the learning rate matters: the mean loss above the best one, clipped at that of guessing a byte."""
+    return statistics.mean(min(loss, math.log(256)) - min(losses) for loss in losses)
+
+
+def quiet() -> None:
+    """No warnings and no words of the trainer's."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
 def main() -> None:
     """Sweep and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,8 +77,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     options, words = parser.parse_known_args()
     recipe = ["--config", options.config, *words]
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    quiet()
     for seed in options.seeds:
         rate = suggested(recipe, seed)
         print(f"seed {seed}: the range test suggests {rate:.2g}", flush=True)
@@ -75,11 +85,10 @@ def main() -> None:
         for tried in (rate, *RATES):
             found[tried] = final_loss(recipe, seed, tried)
             print(f"  {tried:.2g}: {found[tried]:.4f}", flush=True)
-        best = min(found[tried] for tried in RATES)
-        excess = statistics.mean(min(found[tried], math.log(256)) - best for tried in RATES)
+        swept = [found[tried] for tried in RATES]
         print(
-            f"  the suggestion ends {100 * (found[rate] / best - 1):+.2f} % from the best of the seven; "
-            f"mean excess loss {excess:.3f}"
+            f"  the suggestion ends {100 * (found[rate] / min(swept) - 1):+.2f} % from the best of the seven; "
+            f"mean excess loss {mean_excess(swept):.3f}"
         )
 
 

@@ -3,7 +3,7 @@
 import tokenizers
 import torch
 import transformers as hf
-from tokenizers import models, pre_tokenizers, processors
+from tokenizers import models, pre_tokenizers, processors, trainers
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(45))]
 
@@ -19,6 +19,21 @@ def save_bert(folder, seed=0, layers=2):
     words.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     hf.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    return str(folder)
+
+
+def save_bert_for(texts, folder):
+    """A masked language model, 64 wide, and a tokenizer trained on some texts."""
+    torch.manual_seed(0)
+    pairs = tokenizers.Tokenizer(models.BPE())
+    pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    settings = {"vocab_size": 2000, "special_tokens": WORDS[:5], "initial_alphabet": alphabet, "show_progress": False}
+    pairs.train_from_iterator(texts, trainers.BpeTrainer(**settings))
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    hf.PreTrainedTokenizerFast(tokenizer_object=pairs, **special).save_pretrained(folder)
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    hf.BertForMaskedLM(hf.BertConfig(vocab_size=2000, max_position_embeddings=64, **small)).save_pretrained(folder)
     return str(folder)
 
 

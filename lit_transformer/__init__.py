@@ -1,6 +1,11 @@
 """Stable transformer training on PyTorch Lightning."""
 
-from lit_transformer.data import ClassificationData, LanguageModelingData
+from lit_transformer.data import (
+    ClassificationData,
+    LanguageModelingData,
+    MaskedLanguageModelingData,
+    SequencePairData,
+)
 from lit_transformer.distillation import Distillation
 from lit_transformer.hugging_face import Lora
 from lit_transformer.module import LitTransformer
@@ -34,11 +39,13 @@ __all__ = [
     "LitTask",
     "LitTransformer",
     "Lora",
+    "MaskedLanguageModelingData",
     "MuonAdamW",
     "Noam",
     "Override",
     "ParamGroups",
     "Schedule",
+    "SequencePairData",
     "Transformer",
     "TransformerConfig",
     "WarmupConstant",

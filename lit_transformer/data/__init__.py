@@ -2,5 +2,7 @@
 
 from lit_transformer.data.classification import ClassificationData
 from lit_transformer.data.language_modeling import LanguageModelingData
+from lit_transformer.data.masked import MaskedLanguageModelingData
+from lit_transformer.data.sequence_pairs import SequencePairData
 
-__all__ = ["ClassificationData", "LanguageModelingData"]
+__all__ = ["ClassificationData", "LanguageModelingData", "MaskedLanguageModelingData", "SequencePairData"]

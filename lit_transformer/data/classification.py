@@ -15,6 +15,7 @@ from lit_transformer.data.encoder import Encoder
 from lit_transformer.data.functions import Sample, functions, largest_packages, split_packages
 from lit_transformer.data.loader import Batch, Samples
 from lit_transformer.data.order import Ids
+from lit_transformer.data.ragged import Ragged
 from lit_transformer.data.resumable import ResumableData
 from lit_transformer.data.tables import read_table
 from lit_transformer.errors import UsageError
@@ -34,19 +35,13 @@ class LabelledTexts(Samples):
         super().__init__(name)
         self.pad_id = pad_id
         self.targets = np.array(targets, dtype=np.int64)
-        self._ends = np.cumsum([0, *map(len, tokens)])
-        self._tokens = np.concatenate([np.array(ids, dtype=np.uint32) for ids in tokens])
+        self.texts = Ragged(tokens)
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitems__(self, ids: Ids) -> Batch:
-        texts = [self._tokens[self._ends[i] : self._ends[i + 1]] for i in ids]
-        input_ids = np.full((len(ids), max(map(len, texts))), self.pad_id, dtype=np.int64)
-        attention_mask = np.zeros_like(input_ids)
-        for row, text in enumerate(texts):
-            input_ids[row, : len(text)] = text
-            attention_mask[row, : len(text)] = 1
+        input_ids, attention_mask = self.texts.pad(ids, self.pad_id)
         return {
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(attention_mask),
@@ -56,8 +51,7 @@ class LabelledTexts(Samples):
 
     def digest(self) -> str:
         """SHA-256 of tokens and classes."""
-        parts = (self._tokens, self._ends, self.targets)
-        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
+        return hashlib.sha256(self.texts.digest().encode() + self.targets.tobytes()).hexdigest()
 
 
 class ClassificationData(ResumableData):
@@ -77,8 +71,10 @@ class ClassificationData(ResumableData):
         label_column: Name of the column with the class.
         val_fraction: Fraction held out for validation.
         test_fraction: Fraction held out for test.
-        tokenizer: ``"bytes"``, the path of a byte-level ``tokenizer.json``, or a folder or name of a Hugging Face
-            tokenizer, which adds the special tokens that its model expects.
+        tokenizer: ``"bytes"``, ``"bpe"`` (trained on the training texts), the path of a byte-level
+            ``tokenizer.json``, or a folder or name of a Hugging Face tokenizer, which adds the special tokens that its
+            model expects.
+        bpe_vocab_size: Tokens to learn when ``tokenizer`` is ``"bpe"``.
         max_length: Longer texts are cut off; how many is reported.
         batch_size: Samples in a batch of one device.
         num_workers: Loader processes; 0 is fastest here.
@@ -112,6 +108,7 @@ class ClassificationData(ResumableData):
         val_fraction: float = 0.1,
         test_fraction: float = 0.1,
         tokenizer: str = "bytes",
+        bpe_vocab_size: int = 4096,
         max_length: int = 256,
         batch_size: int = 32,
         num_workers: int = 0,
@@ -123,7 +120,7 @@ class ClassificationData(ResumableData):
         super().__init__(batch_size, seed)
         # As in LanguageModelingData: Lightning's own look at the frame leaves a cycle.
         self.save_hyperparameters(logger=False, frame=inspect.currentframe())
-        self._check_settings(max_length=1)
+        self._check_settings(max_length=1, bpe_vocab_size=257)
         self.max_length = max_length
         self.fractions = {"validation": val_fraction, "test": test_fraction}
         self._digest = ""
@@ -132,7 +129,7 @@ class ClassificationData(ResumableData):
     @cached_property
     def encoder(self) -> Encoder:
         """Texts to token ids."""
-        return Encoder(self.hparams["tokenizer"], self.max_length)
+        return Encoder(self.hparams["tokenizer"], self.max_length, self.hparams["bpe_vocab_size"])
 
     @property
     def vocab_size(self) -> int:
@@ -178,6 +175,7 @@ class ClassificationData(ResumableData):
         """Tokenise; a second call changes nothing."""
         if not self._splits:
             number = {label: i for i, label in enumerate(self.labels)}
+            self.encoder.train(text for text, _ in self._samples["train"])
             for name, samples in self._samples.items():
                 if not samples:
                     raise UsageError(f"expected {name} samples, got none: give more, or hold out another fraction")

@@ -1,4 +1,4 @@
-"""The classification task that every machine has: which package of the standard library is a function from?"""
+"""Two tasks that every machine has: from which package of the standard library is a function, and what does it do?"""
 
 import ast
 from collections import Counter
@@ -9,7 +9,7 @@ from lit_transformer.data.corpus import Documents
 from lit_transformer.data.splits import split_by_file
 
 Sample = tuple[str, str]
-"""A text and its label."""
+"""A text and what is to be said of it."""
 
 
 def functions(documents: Documents, labels: list[str]) -> list[Sample]:
@@ -28,6 +28,30 @@ def functions(documents: Documents, labels: list[str]) -> list[Sample]:
         package = _package(name)
         if package in labels:
             found += [(text, package) for text in _functions_of(content.decode())]
+    return found
+
+
+def docstrings(documents: Documents) -> list[Sample]:
+    r"""Every function that has a docstring, without it, and the docstring's first line.
+
+    Args:
+        documents: Source files by name.
+
+    Example:
+        >>> docstrings({"a.py": b"def f():\n    'Say one.'\n    return 1\n"})
+        [('def f():\n    return 1', 'Say one.')]
+    """
+    found = []
+    for content in documents.values():
+        source = content.decode()
+        lines = source.splitlines(keepends=True)
+        for node in _function_nodes(source):
+            said = ast.get_docstring(node)
+            if said:
+                first, rest = node.body[0], lines[node.lineno - 1 : node.end_lineno]
+                start, end = first.lineno - node.lineno, (first.end_lineno or first.lineno) - node.lineno + 1
+                if start:  # else all is on one line
+                    found.append((dedent("".join(rest[:start] + rest[end:])).rstrip(), said.splitlines()[0].strip()))
     return found
 
 
@@ -57,6 +81,11 @@ def _package(name: str) -> str | None:
 
 def _functions_of(source: str) -> Iterator[str]:
     lines = source.splitlines(keepends=True)
+    for node in _function_nodes(source):
+        yield dedent("".join(lines[node.lineno - 1 : node.end_lineno])).rstrip()
+
+
+def _function_nodes(source: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield dedent("".join(lines[node.lineno - 1 : node.end_lineno])).rstrip()
+            yield node

@@ -1,6 +1,7 @@
 """The data module for language modelling: text in, batches of token blocks out."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -141,9 +142,12 @@ class LanguageModelingData(ResumableData):
                         f"{split.tokens} ({split.bytes} bytes). Give more text, hold out another fraction, or lower "
                         "block_size."
                     )
-                self._splits[name] = Blocks(prepared.folder / f"{name}.npy", self.block_size)
+                self._splits[name] = self._blocks(prepared.folder / f"{name}.npy")
             self._prepared = prepared
         self._stream_over(len(self._splits["train"]))
+
+    def _blocks(self, path: Path) -> Blocks:
+        return Blocks(path, self.block_size)
 
     def _ready(self) -> Prepared:
         self._require_setup()

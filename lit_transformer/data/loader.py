@@ -35,6 +35,15 @@ class Samples(Dataset[Batch], ABC):
     @abstractmethod
     def __getitems__(self, ids: Ids) -> Batch: ...
 
+    def augment(self, batch: Batch, draws: Ids) -> Batch:
+        """What is different each time a sample is drawn; in the process that trains.
+
+        Args:
+            batch: As read.
+            draws: A number per sample, another one each time it is drawn for training, always the same in evaluation.
+        """
+        return batch
+
 
 class Blocks(Samples):
     """A memory-mapped token array, cut into blocks that are read a batch at a time.
@@ -87,17 +96,17 @@ def _data_loader(samples: Samples, batches: Iterable[Ids], options: dict[str, An
 
 
 class _Draws:
-    """The batch sampler of training: draws ahead of the consumer, and remembers where each batch ends."""
+    """The batch sampler of training: draws ahead of the consumer, and remembers where in the stream it drew."""
 
     def __init__(self, stream: SampleStream, size: int, share: slice) -> None:
         self.stream, self.size, self.share = stream, size, share
         self.count = 0
-        self.ends: deque[int] = deque()
+        self.indices: deque[Ids] = deque()
 
     def __iter__(self) -> Iterator[Ids]:
-        self.ends.clear()
-        for ids, end in islice(self.stream.batches(self.size), self.count):
-            self.ends.append(end)
+        self.indices.clear()
+        for ids, indices in islice(self.stream.batches(self.size), self.count):
+            self.indices.append(indices)
             yield ids[self.share]
 
 
@@ -146,9 +155,10 @@ class TrainingLoader:
             self._draws.count = left
             version = self.stream.version
             for batch in self._inner:
-                self.stream.position = self._draws.ends.popleft()
+                indices = self._draws.indices.popleft()
+                self.stream.position = int(indices[-1]) + 1
                 left -= 1
-                yield batch
+                yield self.dataset.augment(batch, indices[self._draws.share])
                 if self.stream.version != version:
                     break
 
@@ -191,13 +201,14 @@ class EvaluationLoader:
         batches = -(-len(samples) // (batch_size * world_size))
         batches = min(batches, len(samples) // world_size)  # with one sample a batch, the odd ones join another batch
         self._batches = np.array_split(np.arange(rank, len(samples), world_size), batches)
+        self._samples = samples
         self._inner = _data_loader(samples, self._batches, options)
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._inner)
+        return map(self._samples.augment, self._inner, self._batches)
 
     def close(self) -> None:
         """Stop persistent workers."""

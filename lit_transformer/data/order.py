@@ -32,6 +32,20 @@ def _shuffle(x: NDArray[np.uint64], key: NDArray[np.uint64], rows: int, columns:
     return row * columns + column
 
 
+def noise(seed: int, draws: Ids, length: int) -> NDArray[np.uint64]:
+    """Random 64 bits for each of ``length`` places in each of some draws: a pure function of all three.
+
+    Returns:
+        An array of ``(len(draws), length)``.
+
+    Example:
+        >>> bool((noise(0, np.array([3, 4]), 8)[1] == noise(0, np.array([4]), 8)[0]).all())
+        True
+    """
+    key = _mix(_mix(np.array([seed], dtype=np.uint64)) + draws.astype(np.uint64))
+    return _mix(key[:, None] + np.arange(1, length + 1, dtype=np.uint64) * np.uint64(_GAMMA))
+
+
 def order(seed: int, epoch: int | Ids, n: int, indices: Ids) -> Ids:
     """Return the samples at some places of one epoch's order.
 
@@ -77,9 +91,9 @@ class SampleStream:
 
     Example:
         >>> stream = SampleStream(seed=0, n=4)
-        >>> ids, stream.position = next(stream.batches(3))
-        >>> len(ids), stream.position
-        (3, 3)
+        >>> ids, indices = next(stream.batches(3))
+        >>> len(ids), indices.tolist()
+        (3, [0, 1, 2])
     """
 
     _CHUNK = 4096  # indices drawn at once: numpy's cost per call is then spread over many batches
@@ -90,20 +104,20 @@ class SampleStream:
         self.excluded: Ids = np.empty(0, dtype=np.int64)
         self.version = 0
 
-    def batches(self, size: int) -> Iterator[tuple[Ids, int]]:
-        """Yield batches of ids from the present position on, each with the position after it. Moves nothing."""
+    def batches(self, size: int) -> Iterator[tuple[Ids, Ids]]:
+        """Yield batches of ids from the present position on, and the stream index of each. Moves nothing."""
         start = self.position
-        ids = ends = np.empty(0, dtype=np.int64)
+        ids = indices = np.empty(0, dtype=np.int64)
         while True:
             index = np.arange(start, start + self._CHUNK)
             start += self._CHUNK
             drawn = order(self.seed, index // self.n, self.n, index % self.n)
             kept = ~np.isin(drawn, self.excluded)
-            ids, ends = np.concatenate([ids, drawn[kept]]), np.concatenate([ends, index[kept] + 1])
+            ids, indices = np.concatenate([ids, drawn[kept]]), np.concatenate([indices, index[kept]])
             full = len(ids) // size * size
             for i in range(0, full, size):
-                yield ids[i : i + size], int(ends[i + size - 1])
-            ids, ends = ids[full:], ends[full:]
+                yield ids[i : i + size], indices[i : i + size]
+            ids, indices = ids[full:], indices[full:]
 
     def batches_per_epoch(self, size: int) -> int:
         """Return how many batches of a size fit into one epoch, one at least."""

@@ -8,36 +8,37 @@ from lit_transformer.errors import UsageError
 _FORMATS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
 
 
-def read_table(files: str | list[str], text_column: str, label_column: str) -> list[tuple[str, str]]:
-    """The texts and classes of tables, as strings.
+def read_table(
+    files: str | list[str], first_column: str, second_column: str, settings: str = "text_column and label_column"
+) -> list[tuple[str, str]]:
+    """Two columns of tables, as strings.
 
     Args:
         files: Paths or globs, all of one format: ``.csv``, ``.tsv``, ``.json`` or ``.jsonl`` (an object a line), or
             ``.parquet``.
-        text_column: Name of the column with the text.
-        label_column: Name of the column with the class.
+        first_column: Name of a column.
+        second_column: Name of another.
+        settings: Where a person sets the names.
 
     Raises:
-        UsageError: If a file cannot be read, a column is missing, or a text or class is; ``datasets`` is missing.
+        UsageError: If a file cannot be read, a column or a value is missing, or ``datasets`` is.
     """
     paths = [str(path) for path in find(files)]
     endings = sorted({path.rpartition(".")[2].lower() for path in paths})
     if len(endings) > 1 or endings[0] not in _FORMATS:
         raise UsageError(f"expected files that all end in one of .{', .'.join(_FORMATS)}, got .{', .'.join(endings)}")
     table = _load(paths, endings[0])
-    if missing := [name for name in (text_column, label_column) if name not in table.column_names]:
+    if missing := [name for name in (first_column, second_column) if name not in table.column_names]:
         raise UsageError(
             f"expected a column {missing[0]!r} in {paths[0]}, got {', '.join(map(repr, table.column_names))}; "
-            "set text_column and label_column"
+            f"set {settings}"
         )
-    texts, labels = table[text_column], table[label_column]
-    for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
-        if text in (None, "") or label in (None, ""):
-            which = text_column if text in (None, "") else label_column
-            raise UsageError(
-                f"expected a text and a class in each row, got no {which!r} in row {row + 1} of {paths[0]}"
-            )
-    return [(str(text), str(label)) for text, label in zip(texts, labels, strict=True)]
+    rows = list(zip(table[first_column], table[second_column], strict=True))
+    for number, row in enumerate(rows, 1):
+        for name, value in zip((first_column, second_column), row, strict=True):
+            if value in (None, ""):
+                raise UsageError(f"expected a value in each column, got no {name!r} in row {number} of {paths[0]}")
+    return [(str(first), str(second)) for first, second in rows]
 
 
 def _load(paths: list[str], ending: str) -> Any:

@@ -18,6 +18,8 @@ from lit_transformer.metrics import BitsPerByte, Perplexity
 IGNORED = -100
 """The target of a position that does not count, as torch and Hugging Face have it."""
 
+_TINY = 1e-9  # a sum of weights that is 0 divides nothing
+
 
 class Objective(nn.Module, ABC):
     """A loss for training, and metrics for evaluation.
@@ -28,23 +30,33 @@ class Objective(nn.Module, ABC):
     Args:
         label_smoothing: Share of the target's probability spread evenly over all classes, the target's own included,
             as torch defines it: with 0.1 and ten classes the target keeps 0.91 (Szegedy et al. 2016).
+        z_loss: Weight of the squared log of softmax's denominator, which keeps logits from drifting; PaLM has 1e-4
+            (Chowdhery et al. 2022). 0 leaves it out.
 
     Raises:
-        ValueError: If ``label_smoothing`` is outside 0 to 1.
+        ValueError: If an argument is out of range.
     """
 
     units: ClassVar[dict[str, str]]
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
+    def __init__(self, label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
         super().__init__()
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
-        self.label_smoothing = label_smoothing
+        if z_loss < 0:
+            raise ValueError(f"z_loss must be at least 0, got {z_loss}")
+        self.label_smoothing, self.z_loss = label_smoothing, z_loss
         self.mean_loss = MeanMetric()
 
     @abstractmethod
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss in nats, to be minimised; 0 if nothing counts."""
+    def loss(self, logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The mean loss in nats, to be minimised; 0, with gradients of 0, if nothing counts.
+
+        Args:
+            logits: Of the model.
+            targets: What it should say.
+            weights: How much each sample counts, ``(B,)``; all alike by default.
+        """
 
     @abstractmethod
     def update(self, logits: Tensor, targets: Tensor) -> None:
@@ -61,7 +73,23 @@ class Objective(nn.Module, ABC):
     @staticmethod
     def counted(logits: Tensor, targets: Tensor) -> Tensor:
         """Which of the logits count, a mask of ``logits.shape[:-1]``."""
-        return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+        if targets.ndim == logits.ndim:  # several labels a sample
+            return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+        return targets != IGNORED
+
+    def _mean(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+        """The mean loss of logits ``(N, C)`` by targets ``(N,)`` and weights ``(N,)``, over what counts."""
+        logits = logits.float()
+        how = {"label_smoothing": self.label_smoothing, "reduction": "sum" if weights is None else "none"}
+        total = F.cross_entropy(logits, targets, **how)  # type: ignore[arg-type]
+        if weights is None and not self.z_loss:
+            return total / (targets != IGNORED).sum().clamp(min=1)
+        counted = (targets != IGNORED).float() if weights is None else (targets != IGNORED) * weights
+        if weights is not None:
+            total = (total * weights).sum()
+        if self.z_loss:
+            total = total + self.z_loss * (logits.logsumexp(-1).square() * counted).sum()
+        return total / counted.sum().clamp(min=_TINY)
 
 
 class TokenObjective(Objective):
@@ -86,16 +114,15 @@ class TokenObjective(Objective):
     }
     token_bytes: Tensor | None = None
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
-        super().__init__(label_smoothing)
+    def __init__(self, label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
+        super().__init__(label_smoothing, z_loss)
         self.perplexity, self.accuracy, self.bits_per_byte = Perplexity(), MeanMetric(), BitsPerByte()
 
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """Mean over the tokens that count."""
-        total = F.cross_entropy(
-            logits.float().flatten(0, -2), targets.flatten(), reduction="sum", label_smoothing=self.label_smoothing
-        )
-        return total / (targets != IGNORED).sum().clamp(min=1)
+        if weights is not None:
+            weights = weights[:, None].expand_as(targets).flatten()
+        return self._mean(logits.flatten(0, -2), targets.flatten(), weights)
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Add the tokens that count."""
@@ -118,11 +145,6 @@ class TokenObjective(Objective):
             raise UsageError("a prediction about tokens is how likely the targets are, and the batch has no targets")
         count = (targets != IGNORED).sum(1).clamp(min=1)
         return {"loss": self._nats(logits, targets).sum(1) / count}
-
-    @staticmethod
-    def counted(logits: Tensor, targets: Tensor) -> Tensor:
-        """The positions with a target."""
-        return targets != IGNORED
 
     @staticmethod
     def _nats(logits: Tensor, targets: Tensor) -> Tensor:
@@ -153,12 +175,15 @@ class ClassObjective(Objective):
 
     units: ClassVar = {"loss": "nats", "accuracy": "of samples right", "f1": "F1, as the mean over the classes"}
 
-    def __init__(self, num_labels: int, multi_label: bool = False, label_smoothing: float = 0.0) -> None:
-        super().__init__(label_smoothing)
+    def __init__(
+        self, num_labels: int, multi_label: bool = False, label_smoothing: float = 0.0, z_loss: float = 0.0
+    ) -> None:
+        super().__init__(label_smoothing, z_loss)
         if num_labels < (1 if multi_label else 2):
             raise ValueError(f"num_labels must be at least {1 if multi_label else 2}, got {num_labels}")
-        if multi_label and label_smoothing:
-            raise ValueError(f"label_smoothing={label_smoothing} and multi_label do not go together; set it to 0")
+        for name, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss)):
+            if multi_label and value:
+                raise ValueError(f"{name}={value} and multi_label do not go together; set it to 0")
         self.multi_label = multi_label
         if multi_label:
             self.accuracy: Metric = MultilabelAccuracy(num_labels, average="micro")
@@ -166,14 +191,19 @@ class ClassObjective(Objective):
         else:
             self.accuracy, self.f1 = MulticlassAccuracy(num_labels, average="micro"), MulticlassF1Score(num_labels)
 
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """Mean over the samples, and with ``multi_label`` over the classes."""
-        if self.multi_label:
-            return F.binary_cross_entropy_with_logits(logits.float(), targets.float())
-        return F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing)
+        if not self.multi_label:
+            return self._mean(logits, targets, weights)
+        nats = self._nats(logits, targets)
+        return nats.mean() if weights is None else (nats * weights).sum() / weights.sum().clamp(min=_TINY)
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Add the samples."""
+        """Add the samples that have a class."""
+        counted = self.counted(logits, targets)
+        logits, targets = logits[counted], targets[counted]
+        if not len(targets):
+            return
         self.mean_loss.update(self._nats(logits, targets))
         guessed = logits.float().sigmoid() if self.multi_label else logits.argmax(-1)
         self.accuracy.update(guessed, targets.long())

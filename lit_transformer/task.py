@@ -21,6 +21,8 @@ Batch = dict[str, Tensor]
 class LitTask(LitRecipe):
     """A model with an objective; a subclass makes logits of a batch.
 
+    A batch may have ``sample_weights``, ``(B,)``: how much each sample counts in training.
+
     Logs:
         train/loss: what is minimised, with label smoothing and distillation if there are any.
         train/task_loss, train/distillation: its two parts, when there is a teacher.
@@ -56,7 +58,8 @@ class LitTask(LitRecipe):
         if self.distillation is not None and isinstance(objective, ClassObjective) and objective.multi_label:
             raise ValueError("distillation is for one class a sample, and multi_label is set; leave one of them out")
         taught = None if self.distillation is None else asdict(self.distillation)
-        self.save_hyperparameters({"label_smoothing": objective.label_smoothing, "distillation": taught})
+        said = {"label_smoothing": objective.label_smoothing, "z_loss": objective.z_loss}
+        self.save_hyperparameters({**said, "distillation": taught})
         # In a tuple, which torch does not look into: no part of the student's weights, checkpoints or summary.
         self._teacher: tuple[LitTask, ...] = ()
 
@@ -86,7 +89,7 @@ class LitTask(LitRecipe):
 
     def training_loss(self, batch: Batch) -> Tensor:
         """The mean loss of a batch by its labels, with label smoothing, in nats."""
-        return self.objective.loss(self.logits(batch), self.targets(batch))
+        return self.objective.loss(self.logits(batch), self.targets(batch), batch.get("sample_weights"))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch, logged."""
@@ -94,7 +97,7 @@ class LitTask(LitRecipe):
             loss = self.training_loss(batch)
         else:
             logits, targets = self.logits(batch), self.targets(batch)
-            task_loss = self.objective.loss(logits, targets)
+            task_loss = self.objective.loss(logits, targets, batch.get("sample_weights"))
             divergence = self._divergence(batch, logits, targets)
             self.log_dict({"train/task_loss": task_loss, "train/distillation": divergence})
             loss = self.distillation.mix(task_loss, divergence)

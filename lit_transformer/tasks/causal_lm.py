@@ -30,6 +30,7 @@ class LitCausalLM(LitTransformer):
         target_batch_tokens: Likewise.
         param_groups: Likewise.
         label_smoothing: See :class:`~lit_transformer.objectives.Objective`.
+        z_loss: Likewise.
         distillation: See :class:`~lit_transformer.task.LitTask`.
         init_from: See :class:`~lit_transformer.module.LitTransformer`.
 
@@ -38,7 +39,7 @@ class LitCausalLM(LitTransformer):
         by one token, -100 where none counts.
 
     Raises:
-        ValueError: If ``label_smoothing`` is outside 0 to 1.
+        ValueError: If ``label_smoothing`` or ``z_loss`` is out of range.
         UsageError: At the start of fit, if the data module's blocks are longer than the model's ``max_length``.
 
     Example:
@@ -58,10 +59,11 @@ class LitCausalLM(LitTransformer):
         target_batch_tokens: int | None = None,
         param_groups: ParamGroups = ParamGroups(),  # noqa: B008 - frozen
         label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
         distillation: Distillation | None = None,
         init_from: str | None = None,
     ) -> None:
-        objective = TokenObjective(label_smoothing)
+        objective = TokenObjective(label_smoothing, z_loss)
         super().__init__(
             config, objective, optimizer, schedule, target_batch_tokens, param_groups, distillation, init_from
         )

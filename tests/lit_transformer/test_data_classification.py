@@ -108,7 +108,7 @@ def test_the_position_is_resumed_and_excluded_samples_stay_away(tmp_path):
     ("rows", "header", "message"),
     [
         (ROWS, ("body", "label"), "expected a column 'text' in .*a.csv, got 'body', 'label'; set text_column"),
-        ([*ROWS, ("w1", "")], ("text", "label"), "got no 'label' in row 61 of .*a.csv"),
+        ([*ROWS, ("w1", "")], ("text", "label"), "got no .label. in row 61 of .*a.csv"),
         ([(text, "a") for text, _ in ROWS], ("text", "label"), "at least two classes, got a"),
     ],
 )

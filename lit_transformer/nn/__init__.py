@@ -2,6 +2,19 @@
 
 from lit_transformer.nn.config import TransformerConfig
 from lit_transformer.nn.generation import generate, sample
-from lit_transformer.nn.transformer import Block, Transformer
+from lit_transformer.nn.ids import check_ids
+from lit_transformer.nn.masked import MaskedTransformer
+from lit_transformer.nn.transformer import Block, Decoder, Encoder, EncoderDecoder, Transformer
 
-__all__ = ["Block", "Transformer", "TransformerConfig", "generate", "sample"]
+__all__ = [
+    "Block",
+    "Decoder",
+    "Encoder",
+    "EncoderDecoder",
+    "MaskedTransformer",
+    "Transformer",
+    "TransformerConfig",
+    "check_ids",
+    "generate",
+    "sample",
+]

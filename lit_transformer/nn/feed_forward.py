@@ -1,16 +1,29 @@
 """The feed-forward sub-layer.
 
-====== =========================================== =================
-gelu   ``down(gelu(up(x)))``, the exact GELU        Hendrycks and Gimpel 2016
-relu   ``down(relu(up(x)))``                        Vaswani et al. 2017
-swiglu ``down(silu(gate(x)) * up(x))``              Shazeer 2020
-====== =========================================== =================
+========= =========================================== ==========================
+gelu      ``down(gelu(up(x)))``, the exact GELU        Hendrycks and Gimpel 2016
+gelu_tanh likewise, approximated as GPT-2 does         Hendrycks and Gimpel 2016
+relu      ``down(relu(up(x)))``                        Vaswani et al. 2017
+silu      ``down(silu(up(x)))``                        Ramachandran et al. 2017
+geglu     ``down(gelu(gate(x)) * up(x))``              Shazeer 2020
+swiglu    ``down(silu(gate(x)) * up(x))``              Shazeer 2020
+========= =========================================== ==========================
 """
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lit_transformer.nn.config import TransformerConfig
+
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "geglu": nn.GELU,
+    "swiglu": nn.SiLU,
+}
 
 
 class FeedForward(nn.Module):
@@ -19,7 +32,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.up = nn.Linear(config.d_model, config.ffn_width, bias=config.bias)
-        self.activation = nn.ReLU() if config.activation == "relu" else nn.GELU()
+        self.activation = _ACTIVATIONS[config.activation]()
         self.dropout = nn.Dropout(config.ffn_dropout)
         self.down = nn.Linear(config.ffn_width, config.d_model, bias=config.bias)
 
@@ -30,18 +43,19 @@ class FeedForward(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """SwiGLU: one half of the projection gates the other. Gate and up are one matrix, gate first."""
+    """One half of the projection gates the other. Gate and up are one matrix, gate first."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.gate_up = nn.Linear(config.d_model, 2 * config.ffn_width, bias=config.bias)
+        self.activation = _ACTIVATIONS[config.activation]()
         self.dropout = nn.Dropout(config.ffn_dropout)
         self.down = nn.Linear(config.ffn_width, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the sub-layer."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        out: Tensor = self.down(self.dropout(F.silu(gate) * up))
+        out: Tensor = self.down(self.dropout(self.activation(gate) * up))
         return out
 
 
@@ -52,4 +66,4 @@ def make_feed_forward(config: TransformerConfig) -> nn.Module:
         >>> make_feed_forward(TransformerConfig(d_model=96, activation="swiglu")).down.in_features
         256
     """
-    return GatedFeedForward(config) if config.activation == "swiglu" else FeedForward(config)
+    return GatedFeedForward(config) if config.gated else FeedForward(config)

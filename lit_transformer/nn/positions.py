@@ -4,6 +4,7 @@ r"""How a token learns its place in the sequence.
 learned    a trained vector per position, added to the token embedding          Radford et al. 2019
 sinusoidal fixed waves, added to the token embedding scaled by sqrt(d_model)    Vaswani et al. 2017, 3.4-5
 rotary     queries and keys are turned by an angle proportional to the position Su et al. 2021
+none       a causal mask alone tells how many tokens came before                Haviv et al. 2022
 ========== ==================================================================== =========================
 
 Shapes: B batch, T length, D d_model, H heads, d features per head.
@@ -14,7 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-ROTARY_BASE = 10_000.0
+_WAVE_BASE = 10_000.0
 
 
 class LearnedPositions(nn.Module):
@@ -40,7 +41,7 @@ class SinusoidalPositions(nn.Module):
     def __init__(self, max_length: int, d_model: int) -> None:
         super().__init__()
         self.scale = math.sqrt(d_model)
-        frequency = ROTARY_BASE ** (-torch.arange(0, d_model, 2) / d_model)
+        frequency = _WAVE_BASE ** (-torch.arange(0, d_model, 2) / d_model)
         angle = torch.arange(max_length)[:, None] * frequency
         wave = torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
         self.register_buffer("wave", wave, persistent=False)
@@ -51,7 +52,7 @@ class SinusoidalPositions(nn.Module):
 
 
 class RotaryPositions(nn.Module):
-    """Turn each pair of features ``(i, i + d/2)`` of queries and keys by ``position * 10000^(-2i/d)``.
+    """Turn each pair of features ``(i, i + d/2)`` of queries and keys by ``position * base^(-2i/d)``.
 
     A product of a query and a key then depends on the distance between them alone. One instance serves all layers.
     The tables are held in the default dtype and cast to that of the input: under autocast an upcast costs about a
@@ -61,9 +62,9 @@ class RotaryPositions(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, max_length: int, head_dim: int) -> None:
+    def __init__(self, max_length: int, head_dim: int, base: float = 10_000.0) -> None:
         super().__init__()
-        frequency = ROTARY_BASE ** (-torch.arange(0, head_dim, 2) / head_dim)
+        frequency = base ** (-torch.arange(0, head_dim, 2) / head_dim)
         angle = torch.arange(max_length)[:, None] * frequency
         self.register_buffer("cos", angle.cos().repeat(1, 2), persistent=False)
         self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), dim=-1), persistent=False)

@@ -1,37 +1,177 @@
-"""The decoder-only transformer.
+"""Stacks of blocks: decoder-only, encoder, and encoder-decoder.
 
-Shapes: B batch, T length, D d_model, V vocabulary.
+Shapes: B batch, T length, S length of the source, D d_model, V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from lit_transformer.nn.attention import KeyValueCache, SelfAttention
+from lit_transformer.nn.attention import CrossAttention, KeyValueCache, SelfAttention
 from lit_transformer.nn.config import TransformerConfig
 from lit_transformer.nn.feed_forward import make_feed_forward
+from lit_transformer.nn.ids import check_ids
 from lit_transformer.nn.init import initialize
+from lit_transformer.nn.masks import Mask, bidirectional_mask, causal_mask, padding_mask
 from lit_transformer.nn.norm import make_norm
 from lit_transformer.nn.positions import LearnedPositions, RotaryPositions, SinusoidalPositions
-from lit_transformer.nn.residual import RESIDUALS
+from lit_transformer.nn.residual import RESIDUALS, deepnorm_constants
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each in its residual connection."""
+    """Attention, attention to another sequence if there is one, then feed-forward, each in its residual connection.
 
-    def __init__(self, config: TransformerConfig, rotary: RotaryPositions | None = None) -> None:
+    Args:
+        config: The model's configuration.
+        rotary: Rotary positions, shared by all layers, or None.
+        cross: Whether there is another sequence.
+        stochastic_depth: Probability that a sample passes by each of the sub-layers.
+        alpha: Weight of the stream under DeepNorm.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        rotary: RotaryPositions | None = None,
+        cross: bool = False,
+        stochastic_depth: float = 0.0,
+        alpha: float = 1.0,
+    ) -> None:
         super().__init__()
-        residual = RESIDUALS[config.norm_placement]
-        self.attention = residual(SelfAttention(config, rotary), make_norm(config), config.residual_dropout)
-        self.feed_forward = residual(make_feed_forward(config), make_norm(config), config.residual_dropout)
+        residual, how = RESIDUALS[config.norm_placement], (config, stochastic_depth, alpha)
+        self.attention = residual(SelfAttention(config, rotary), *how)
+        self.cross_attention = residual(CrossAttention(config), *how) if cross else None
+        self.feed_forward = residual(make_feed_forward(config), *how)
 
-    def forward(self, x_BTD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        mask: Mask = "causal",
+        cache: KeyValueCache | None = None,
+        memory_BSD: Tensor | None = None,
+        memory_mask: Mask = None,
+    ) -> Tensor:
         """Apply the block."""
-        x_BTD = self.attention(x_BTD, cache)
+        x_BTD = self.attention(x_BTD, mask, cache)
+        if self.cross_attention is not None:
+            x_BTD = self.cross_attention(x_BTD, memory_BSD, memory_mask, cache)
         return self.feed_forward(x_BTD)  # type: ignore[no-any-return]
 
 
-class Transformer(nn.Module):
+class Stack(nn.Module):
+    """Embeddings, blocks, and a norm at the end where the placement of norms needs one.
+
+    Args:
+        config: Shape and choices.
+        n_layers: Number of blocks.
+        cross: Whether the blocks attend to another sequence.
+        alpha: Weight of the stream under DeepNorm.
+        token_embedding: Shared with another stack; a new one by default.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        n_layers: int,
+        cross: bool = False,
+        alpha: float = 1.0,
+        token_embedding: nn.Embedding | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.token_embedding = token_embedding or nn.Embedding(config.vocab_size, config.d_model)
+        self.positions: nn.Module | None = None
+        rotary = None
+        if config.positions == "rotary":
+            rotary = RotaryPositions(config.max_length, config.head_dim, config.rope_base)
+        elif config.positions == "learned":
+            self.positions = LearnedPositions(config.max_length, config.d_model)
+        elif config.positions == "sinusoidal":
+            self.positions = SinusoidalPositions(config.max_length, config.d_model)
+        # The scale of "Spike No More"; sinusoidal positions scale by themselves.
+        scaled = config.init == "small" and config.positions != "sinusoidal"
+        self.embedding_scale = math.sqrt(config.d_model) if scaled else 1.0
+        self.embedding_norm = make_norm(config) if config.embedding_norm else nn.Identity()
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        depths = [config.stochastic_depth * (i + 1) / n_layers for i in range(n_layers)]
+        self.blocks = nn.ModuleList(Block(config, rotary, cross, depth, alpha) for depth in depths)
+        needs_final_norm = RESIDUALS[config.norm_placement].needs_final_norm
+        self.final_norm = make_norm(config) if needs_final_norm else nn.Identity()
+
+    def embed(self, ids_BT: Tensor, start: int = 0) -> Tensor:
+        """Embeddings ``(B, T, D)`` of tokens at places ``start`` to ``start + T``."""
+        if start + ids_BT.size(1) > self.config.max_length:
+            raise ValueError(
+                f"a sequence of {start + ids_BT.size(1)} tokens is longer than max_length={self.config.max_length}; "
+                "shorten it, or build the model with a larger max_length"
+            )
+        check_ids(ids_BT, self.config.vocab_size)
+        x_BTD = self.token_embedding(ids_BT)
+        if self.embedding_scale != 1.0:
+            x_BTD = x_BTD * self.embedding_scale
+        if self.positions is not None:
+            x_BTD = self.positions(x_BTD, start)
+        dropped: Tensor = self.embedding_dropout(self.embedding_norm(x_BTD))
+        return dropped
+
+    def run(
+        self,
+        x_BTD: Tensor,
+        mask: Mask,
+        caches: Sequence[KeyValueCache] | None = None,
+        memory_BSD: Tensor | None = None,
+        memory_mask: Mask = None,
+    ) -> Tensor:
+        """All blocks and the norm at the end, ``(B, T, D)`` to the same."""
+        every = self.config.activation_checkpointing if self.training else 0
+        for i, block in enumerate(self.blocks):
+            given = (x_BTD, mask, caches[i] if caches is not None else None, memory_BSD, memory_mask)
+            again = every and i % every == 0
+            x_BTD = checkpoint(block, *given, use_reentrant=False) if again else block(*given)
+        return self.final_norm(x_BTD)  # type: ignore[no-any-return]
+
+    def make_caches(self) -> list[KeyValueCache]:
+        """Empty caches, one a layer, for generation."""
+        return [KeyValueCache(self.config.max_length) for _ in self.blocks]
+
+
+class Decoder(Stack):
+    """What each token says, given those before it; without an output layer.
+
+    Args:
+        config: Shape and choices.
+
+    Shapes:
+        Token ids ``(B, T)``, int64, to states ``(B, T, D)``; ``T <= config.max_length``.
+
+    Raises:
+        ValueError: If a sequence is longer than ``config.max_length``.
+        IndexError: If an id is not in the vocabulary, on a CPU.
+    """
+
+    has_head: ClassVar[bool] = False
+
+    def __init__(self, config: TransformerConfig) -> None:
+        alpha, beta = deepnorm_constants(0, config.n_layers)[1]
+        super().__init__(config, config.n_layers, alpha=alpha)
+        self.head = make_head(config, self.token_embedding) if self.has_head else None
+        initialize(self, config, n_sublayers=2 * config.n_layers, beta=beta)
+
+    def states(self, ids_BT: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
+        """States of the tokens; ``caches``, one a layer, hold what came before ``ids``."""
+        start = caches[0].length if caches is not None else 0
+        x_BTD = self.embed(ids_BT, start)
+        return self.run(x_BTD, causal_mask(ids_BT.size(1), start, self.config.sliding_window, ids_BT.device), caches)
+
+    def forward(self, ids_BT: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
+        """Likewise."""
+        return self.states(ids_BT, caches)
+
+
+class Transformer(Decoder):
     """Token embedding, blocks, and the output layer over the vocabulary.
 
     Args:
@@ -42,6 +182,7 @@ class Transformer(nn.Module):
 
     Raises:
         ValueError: If a sequence is longer than ``config.max_length``.
+        IndexError: If an id is not in the vocabulary, on a CPU.
 
     Example:
         >>> import torch
@@ -50,44 +191,116 @@ class Transformer(nn.Module):
         torch.Size([3, 8, 10])
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.positions: nn.Module | None = None
-        rotary = None
-        if config.positions == "rotary":
-            rotary = RotaryPositions(config.max_length, config.head_dim)
-        elif config.positions == "learned":
-            self.positions = LearnedPositions(config.max_length, config.d_model)
-        else:
-            self.positions = SinusoidalPositions(config.max_length, config.d_model)
-        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
-        self.blocks = nn.ModuleList(Block(config, rotary) for _ in range(config.n_layers))
-        needs_final_norm = RESIDUALS[config.norm_placement].needs_final_norm
-        self.final_norm = make_norm(config) if needs_final_norm else nn.Identity()
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.head.weight = self.token_embedding.weight
-        initialize(self, config)
+    has_head = True
+    head: nn.Linear
 
     def forward(self, ids_BT: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
         """Logits of the token after each position; ``caches``, one a layer, hold what came before ``ids``."""
-        start = caches[0].length if caches is not None else 0
-        if start + ids_BT.size(1) > self.config.max_length:
-            raise ValueError(
-                f"a sequence of {start + ids_BT.size(1)} tokens is longer than max_length={self.config.max_length}; "
-                "shorten it, or build the model with a larger max_length"
-            )
-        x_BTD = self.token_embedding(ids_BT)
-        if self.positions is not None:
-            x_BTD = self.positions(x_BTD, start)
-        x_BTD = self.embedding_dropout(x_BTD)
-        for i, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, caches[i] if caches is not None else None)
-        logits_BTV: Tensor = self.head(self.final_norm(x_BTD))
+        logits_BTV: Tensor = self.head(self.states(ids_BT, caches))
         return logits_BTV
 
+
+class Encoder(Stack):
+    """What each token says, given all others; without an output layer.
+
+    Args:
+        config: Shape and choices.
+        n_decoder: Layers of the decoder that it belongs to; DeepNorm's constants depend on them.
+
+    Shapes:
+        Token ids ``(B, S)``, int64, and a mask ``(B, S)`` that is true where a token is no padding, to states ``(B, S,
+        D)``; what they are where there is padding means nothing.
+
+    Raises:
+        ValueError: If a sequence is longer than ``config.max_length``.
+        IndexError: If an id is not in the vocabulary, on a CPU.
+
+    Example:
+        >>> import torch
+        >>> model = Encoder(TransformerConfig(vocab_size=10, max_length=8, d_model=16, n_layers=2, n_heads=2))
+        >>> model(torch.zeros(3, 8, dtype=torch.long)).shape
+        torch.Size([3, 8, 16])
+    """
+
+    def __init__(self, config: TransformerConfig, n_decoder: int = 0) -> None:
+        alpha, beta = deepnorm_constants(config.n_layers, n_decoder)[0]
+        super().__init__(config, config.n_layers, alpha=alpha)
+        initialize(self, config, n_sublayers=2 * config.n_layers, beta=beta)
+
+    def forward(self, ids_BS: Tensor, real_BS: Tensor | None = None) -> Tensor:
+        """States of the tokens."""
+        mask = bidirectional_mask(ids_BS.size(1), self.config.sliding_window, real_BS, ids_BS.device)
+        return self.run(self.embed(ids_BS), mask)
+
+
+class EncoderDecoder(nn.Module):
+    """An encoder, and a decoder that looks at what it says (Vaswani et al. 2017).
+
+    With ``tie_embeddings`` source, target and output layer share one matrix, and with it a vocabulary.
+
+    Args:
+        config: Shape and choices.
+
+    Shapes:
+        Source ids ``(B, S)``, ids of the target so far ``(B, T)``, and a mask ``(B, S)`` that is true where the source
+        is no padding, to logits ``(B, T, V)``.
+
+    Raises:
+        ValueError: If a sequence is longer than ``config.max_length``.
+        IndexError: If an id is not in the vocabulary, on a CPU.
+
+    Example:
+        >>> import torch
+        >>> model = EncoderDecoder(TransformerConfig(vocab_size=10, max_length=8, d_model=16, n_layers=2, n_heads=2))
+        >>> model(torch.zeros(3, 8, dtype=torch.long), torch.zeros(3, 5, dtype=torch.long)).shape
+        torch.Size([3, 5, 10])
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        n = config.decoder_layers
+        alpha, beta = deepnorm_constants(config.n_layers, n)[1]
+        self.config = config
+        self.encoder = Encoder(config, n_decoder=n)
+        shared = self.encoder.token_embedding if config.tie_embeddings else None
+        self.decoder = Stack(config, n, cross=True, alpha=alpha, token_embedding=shared)
+        self.head = make_head(config, self.decoder.token_embedding)
+        initialize(self.decoder, config, n_sublayers=3 * n, beta=beta)
+        if not config.tie_embeddings:
+            initialize(self.head, config, n_sublayers=3 * n, beta=beta)
+
+    def encode(self, source_BS: Tensor, real_BS: Tensor | None = None) -> Tensor:
+        """What the encoder says of the source, ``(B, S, D)``."""
+        return self.encoder(source_BS, real_BS)  # type: ignore[no-any-return]
+
+    def decode(
+        self,
+        target_BT: Tensor,
+        memory_BSD: Tensor,
+        real_BS: Tensor | None = None,
+        caches: Sequence[KeyValueCache] | None = None,
+    ) -> Tensor:
+        """Logits of the token after each of the target, given :meth:`encode`'s states."""
+        start = caches[0].length if caches is not None else 0
+        mask = causal_mask(target_BT.size(1), start, self.config.sliding_window, target_BT.device)
+        seen = None if real_BS is None else padding_mask(real_BS)
+        logits_BTV: Tensor = self.head(
+            self.decoder.run(self.decoder.embed(target_BT, start), mask, caches, memory_BSD, seen)
+        )
+        return logits_BTV
+
+    def forward(self, source_BS: Tensor, target_BT: Tensor, real_BS: Tensor | None = None) -> Tensor:
+        """Logits of the token after each of the target."""
+        return self.decode(target_BT, self.encode(source_BS, real_BS), real_BS)
+
     def make_caches(self) -> list[KeyValueCache]:
-        """Empty caches, one a layer, for generation."""
-        return [KeyValueCache(self.config.max_length) for _ in self.blocks]
+        """Empty caches, one a layer of the decoder, for generation."""
+        return self.decoder.make_caches()
+
+
+def make_head(config: TransformerConfig, token_embedding: nn.Embedding, bias: bool = False) -> nn.Linear:
+    """The output layer over the vocabulary."""
+    head = nn.Linear(config.d_model, config.vocab_size, bias=bias)
+    if config.tie_embeddings:
+        head.weight = token_embedding.weight
+    return head

@@ -174,7 +174,10 @@ def test_a_sequence_over_the_limit_is_refused():
         ({"n_layers": 0}, "n_layers must be at least 1, got 0"),
         ({"norm_eps": 0.0}, "norm_eps must be above 0, got 0.0"),
         ({"attention_dropout": 1.0}, "attention_dropout must be at least 0 and below 1, got 1.0"),
-        ({"norm_placement": "sideways"}, "norm_placement must be one of pre, post, got 'sideways'"),
+        (
+            {"norm_placement": "sideways"},
+            "norm_placement must be one of pre, post, sandwich, deepnorm, rezero, got 'sideways'",
+        ),
         ({"d_model": 36, "n_heads": 4, "positions": "rotary"}, "must be even, got 36 / 4 = 9"),
         ({"d_model": 33, "n_heads": 1, "positions": "sinusoidal"}, "even d_model, got 33"),
         ({"d_ff": 0}, "d_ff must be at least 1, got 0"),

@@ -1,0 +1,71 @@
+"""Which keys a query sees.
+
+A mask is ``"causal"``, each query sees the keys up to its own place; ``None``, all; or a boolean tensor that can be
+broadcast to ``(B, H, T, S)``, true where a key is seen.
+
+Shapes: B batch, H heads, T queries, S keys.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Mask = Tensor | Literal["causal"] | None
+
+
+def causal_mask(t: int, start: int, window: int | None, device: torch.device) -> Mask:
+    """Queries at places ``start`` to ``start + t`` see the keys up to their own place, or the last ``window`` of them.
+
+    Example:
+        >>> causal_mask(3, 0, None, torch.device("cpu"))
+        'causal'
+        >>> causal_mask(3, 0, 2, torch.device("cpu")).int().tolist()
+        [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+    """
+    if window is None or window >= start + t:
+        if start == 0:
+            return "causal"
+        if t == 1:
+            return None
+        window = start + t
+    distance_TS = _distance(t, start, device)
+    return (distance_TS >= 0) & (distance_TS < window)
+
+
+def bidirectional_mask(length: int, window: int | None, real_BS: Tensor | None, device: torch.device) -> Mask:
+    """Every token sees the real ones, or those less than ``window`` away.
+
+    A row without any real token sees all: softmax over nothing would be NaN.
+
+    Args:
+        length: Of the sequence.
+        window: How far to either side, itself included.
+        real_BS: True where a token is no padding; None if none is.
+        device: Where the mask is used.
+
+    Example:
+        >>> bidirectional_mask(3, 2, None, torch.device("cpu")).int().tolist()
+        [[1, 1, 0], [1, 1, 1], [0, 1, 1]]
+    """
+    near = None
+    if window is not None and window < length:
+        near = _distance(length, 0, device).abs() < window
+    if real_BS is None:
+        return near
+    real_B11S = padding_mask(real_BS)
+    if near is None:
+        return real_B11S
+    # A padded query may have no real token in its window; what it sees does not matter, but NaN would spread.
+    return (real_B11S & near) | torch.eye(length, dtype=torch.bool, device=device)
+
+
+def padding_mask(real_BS: Tensor) -> Tensor:
+    """Every query sees the real keys, ``(B, 1, 1, S)``; in a row without any, all."""
+    real_BS = real_BS.bool()
+    return (real_BS | ~real_BS.any(dim=1, keepdim=True))[:, None, None]
+
+
+def _distance(t: int, start: int, device: torch.device) -> Tensor:
+    """How far the key is behind the query, ``(T, S)``."""
+    return torch.arange(start, start + t, device=device)[:, None] - torch.arange(start + t, device=device)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from lit_transformer.nn.config import TransformerConfig
 
 _RESIDUAL_OUTPUTS = ("out", "down")
+_OUTSIDE_OF_BRANCHES = ("head", "dense", "output")
 
 
 def initialize(model: nn.Module, config: TransformerConfig, n_sublayers: int, beta: float = 1.0) -> None:
@@ -60,7 +61,7 @@ def initialize(model: nn.Module, config: TransformerConfig, n_sublayers: int, be
 
 def _initialize_matrix(matrix: Tensor, part: str, config: TransformerConfig, std: float, beta: float) -> None:
     if config.norm_placement == "deepnorm":
-        nn.init.xavier_normal_(matrix, gain=1.0 if part in ("q", "k", "head") else beta)
+        nn.init.xavier_normal_(matrix, gain=1.0 if part in ("q", "k", *_OUTSIDE_OF_BRANCHES) else beta)
     elif config.init == "xavier":
         nn.init.xavier_uniform_(matrix)
     elif config.init == "kaiming":

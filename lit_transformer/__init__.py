@@ -27,15 +27,18 @@ from lit_transformer.optim import (
 )
 from lit_transformer.recipe import LitRecipe
 from lit_transformer.task import LitTask
-from lit_transformer.tasks import LitCausalLM, LitPretrained
+from lit_transformer.tasks import LitCausalLM, LitClassifier, LitMaskedLM, LitPretrained, LitSeq2Seq
 
 __all__ = [
     "ClassificationData",
     "Distillation",
     "LanguageModelingData",
     "LitCausalLM",
+    "LitClassifier",
+    "LitMaskedLM",
     "LitPretrained",
     "LitRecipe",
+    "LitSeq2Seq",
     "LitTask",
     "LitTransformer",
     "Lora",

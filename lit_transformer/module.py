@@ -1,15 +1,17 @@
 """The LightningModule that all tasks with our own transformer share."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from torch import nn
 
 from lit_transformer.distillation import Distillation
 from lit_transformer.errors import UsageError
-from lit_transformer.nn import Transformer, TransformerConfig
+from lit_transformer.nn import Transformer, TransformerConfig, check_ids
 from lit_transformer.objectives import Objective
 from lit_transformer.optim import ParamGroups, Schedule, WarmupCosine
 from lit_transformer.task import LitTask
@@ -28,11 +30,14 @@ class LitTransformer(LitTask):
         param_groups: Likewise.
         distillation: See :class:`~lit_transformer.task.LitTask`.
         init_from: A checkpoint of ours to take the weights from, all but those of another head.
+        compile_model: Whether ``torch.compile`` makes one graph of the model for ``fit``.
+        network: Makes the model.
 
     Raises:
         ValueError: If an argument is out of range.
-        UsageError: At the start of fit, as :class:`~lit_transformer.recipe.LitRecipe` says; if the data's blocks are
-            longer than ``max_length``; if the checkpoint to start from is of another architecture.
+        UsageError: At the start of fit, as :class:`~lit_transformer.recipe.LitRecipe` says; if the data's blocks or
+            texts are longer than ``max_length``; if the checkpoint to start from is of another architecture.
+        IndexError: If a batch has a token id that is not in the vocabulary.
     """
 
     def __init__(
@@ -45,24 +50,47 @@ class LitTransformer(LitTask):
         param_groups: ParamGroups = ParamGroups(),  # noqa: B008 - frozen
         distillation: Distillation | None = None,
         init_from: str | None = None,
+        compile_model: bool = False,
+        network: Callable[[TransformerConfig], nn.Module] = Transformer,
     ) -> None:
         super().__init__(objective, optimizer, schedule, target_batch_tokens, param_groups, distillation)
         # A checkpoint hands back what was saved below: plain data.
         self.config = TransformerConfig(**config) if isinstance(config, Mapping) else config
         self.init_from = init_from
-        self.save_hyperparameters({"config": asdict(self.config), "init_from": init_from})
-        self.model = Transformer(self.config)
+        self.compile_model = compile_model
+        self.save_hyperparameters(
+            {"config": asdict(self.config), "init_from": init_from, "compile_model": compile_model}
+        )
+        self.model: Any = network(self.config)
         self._has_weights = False
 
     def setup(self, stage: str) -> None:
-        """Check that the data fits the model."""
-        block_size = getattr(getattr(self.trainer, "datamodule", None), "block_size", None)
-        if block_size is not None and block_size > self.config.max_length:
+        """Check that the data fits the model; compile it."""
+        data = getattr(self.trainer, "datamodule", None)
+        for name, what in (("block_size", "blocks"), ("max_length", "texts"), ("max_target_length", "targets")):
+            length = getattr(data, name, None)
+            if length is not None and length > self.config.max_length:
+                raise UsageError(
+                    f"the data comes in {what} of {length} tokens, but the model takes {self.config.max_length} at "
+                    f"most; lower data.init_args.{name} or raise model.init_args.config.max_length"
+                )
+        vocab_size = getattr(data, "vocab_size", None)
+        if vocab_size is not None and vocab_size > self.config.vocab_size:
             raise UsageError(
-                f"the data comes in blocks of {block_size} tokens, but the model takes {self.config.max_length} at "
-                f"most; lower data.init_args.block_size or raise model.init_args.config.max_length"
+                f"the data has {vocab_size} token ids, but the model takes {self.config.vocab_size}; set "
+                f"model.init_args.config.vocab_size={vocab_size}"
             )
+        # Lightning warns of every such hook where there is a data module, although it is called all the same.
+        warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer` in `LightningModule`")
         super().setup(stage)
+        if stage == "fit" and self.compile_model:
+            self.model.compile(fullgraph=True)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Look at the ids while looking is cheap: on a device, a wrong one ends the process without a reason."""
+        if self.device.type != "cpu" and isinstance(batch, Mapping) and "input_ids" in batch:
+            check_ids(batch["input_ids"], self.config.vocab_size)
+        return batch
 
     def on_fit_start(self) -> None:
         """Take the weights to start from, unless a checkpoint has been loaded, or this is a second fit."""

@@ -75,7 +75,7 @@ class LitTask(LitRecipe):
         """Load the teacher; tell the objective what a token stands for."""
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
-        if isinstance(self.objective, TokenObjective):
+        if isinstance(self.objective, TokenObjective) and self.kind == "causal_lm":
             self.objective.token_bytes = getattr(data, "token_bytes", None)
         if stage == "fit" and self.distillation is not None and not self._teacher:
             from lit_transformer.tasks.teacher import load_teacher  # which knows all tasks

@@ -92,7 +92,7 @@ class TrainingCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The keys beside trainer, model and data."""
-        for source, target in (("vocab_size", "config.vocab_size"), ("labels", "labels")):
+        for source, target in (("vocab_size", "config.vocab_size"), ("labels", "labels"), ("eos_id", "eos_id")):
             known = partial(_attribute, source)
             parser.link_arguments("data", f"model.init_args.{target}", compute_fn=known, apply_on="instantiate")
         add = parser.add_argument

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class PredictionsFile(Callback):
-    """Write what ``predict_step`` returns, a dict of tensors with one entry per sample, as CSV.
+    """Write what ``predict_step`` returns, a dict of tensors or lists with one entry per sample, as CSV.
 
     Args:
         path: The file; further ranks write ``<name>-rank<n>.csv``.
@@ -31,7 +31,8 @@ class PredictionsFile(Callback):
             writer = csv.writer(file)
             if new:
                 writer.writerow(outputs)
-            writer.writerows(zip(*(values.tolist() for values in outputs.values()), strict=True))
+            columns = [values if isinstance(values, list) else values.tolist() for values in outputs.values()]
+            writer.writerows(zip(*columns, strict=True))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where it is."""

@@ -33,6 +33,7 @@ class LitCausalLM(LitTransformer):
         z_loss: Likewise.
         distillation: See :class:`~lit_transformer.task.LitTask`.
         init_from: See :class:`~lit_transformer.module.LitTransformer`.
+        compile_model: Likewise.
 
     Shapes:
         A batch is a dict with ``input_ids`` and ``targets``, both int64 ``(B, T)``; ``targets`` are the inputs moved on
@@ -62,11 +63,13 @@ class LitCausalLM(LitTransformer):
         z_loss: float = 0.0,
         distillation: Distillation | None = None,
         init_from: str | None = None,
+        compile_model: bool = False,
     ) -> None:
         objective = TokenObjective(label_smoothing, z_loss)
         super().__init__(
-            config, objective, optimizer, schedule, target_batch_tokens, param_groups, distillation, init_from
-        )
+            config, objective, optimizer, schedule, target_batch_tokens, param_groups, distillation, init_from,
+            compile_model,
+        )  # fmt: skip
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits ``(B, T, V)`` of the token after each of ``input_ids`` ``(B, T)``."""

@@ -6,9 +6,18 @@ from lit_transformer.checkpoint_files import read_checkpoint
 from lit_transformer.errors import UsageError
 from lit_transformer.task import LitTask
 from lit_transformer.tasks.causal_lm import LitCausalLM
+from lit_transformer.tasks.classifier import LitClassifier
+from lit_transformer.tasks.masked_lm import LitMaskedLM
 from lit_transformer.tasks.pretrained import LitPretrained
+from lit_transformer.tasks.seq2seq import LitSeq2Seq
 
-_OURS: dict[str, type[LitTask]] = {"causal_lm": LitCausalLM}
+_OURS: dict[str, type[LitTask]] = {
+    "causal_lm": LitCausalLM,
+    "masked_lm": LitMaskedLM,
+    "classification": LitClassifier,
+    "seq2seq": LitSeq2Seq,
+}
+_SHAPE = ("config", "num_labels", "multi_label", "pooling", "causal")
 
 
 def load_teacher(path: str, kind: str) -> LitTask:
@@ -29,7 +38,7 @@ def load_teacher(path: str, kind: str) -> LitTask:
             architecture=settings["architecture"], task=settings["task"], multi_label=multi_label, lora=settings["lora"]
         )
     elif kind in _OURS and "config" in settings:
-        teacher = _OURS[kind](settings["config"])
+        teacher = _OURS[kind](**{name: settings[name] for name in _SHAPE if name in settings})
     else:
         raise UsageError(f"the teacher {path} is not a model for {kind}")
     if teacher.kind != kind:

@@ -277,7 +277,7 @@ MISTAKES = {
     "wrong type": (["--model.init_args.config.n_layers", "two"], "n_layers must be of type int, got two"),
     "wrong choice": (
         ["--model.init_args.config.norm_placement", "pree"],
-        "norm_placement must be one of pre, post, got pree",
+        "norm_placement must be one of pre, post, sandwich, deepnorm, rezero, got pree",
     ),
     "heads that do not divide": (
         ["--model.init_args.config.d_model", "30", "--model.init_args.config.n_heads", "4"],

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from lit_transformer.data import corpus
+from lit_transformer.data.baselines import Baseline, bag_of_words
 from lit_transformer.data.encoder import Encoder
 from lit_transformer.data.functions import Sample, functions, largest_packages, split_packages
 from lit_transformer.data.loader import Batch, Samples
@@ -123,6 +124,7 @@ class ClassificationData(ResumableData):
         self._check_settings(max_length=1, bpe_vocab_size=257)
         self.max_length = max_length
         self.fractions = {"validation": val_fraction, "test": test_fraction}
+        self._splits: dict[str, LabelledTexts] = {}  # type: ignore[assignment]
         self._digest = ""
         self._cut = 0
 
@@ -162,6 +164,17 @@ class ClassificationData(ResumableData):
         found = {name: read_table(files, *columns) for name, files in given.items() if files is not None}
         held_out = {name: fraction for name, fraction in self.fractions.items() if name not in found}
         return found | stratified(found["train"], held_out, self._stream.seed)
+
+    def baselines(self) -> list[Baseline]:
+        """What the most frequent class, and a bag of words, score; after setup."""
+        self._require_setup()
+        train, validation = self._splits["train"], self._splits["validation"]
+        common = np.bincount(train.targets).argmax()
+        guessed = bag_of_words(train.texts, train.targets, validation.texts, self.vocab_size)
+        return [
+            Baseline("accuracy", "the most frequent class", float((validation.targets == common).mean())),
+            Baseline("accuracy", "a bag of words", float((validation.targets == guessed).mean())),
+        ]
 
     def describe(self) -> str:
         """Return what a person wants to know about the data; after setup."""

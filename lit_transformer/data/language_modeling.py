@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_transformer.data.baselines import Baseline, unigram_loss
 from lit_transformer.data.cache import Prepared, Recipe, prepare
 from lit_transformer.data.loader import Blocks
 from lit_transformer.data.resumable import ResumableData
@@ -85,6 +86,7 @@ class LanguageModelingData(ResumableData):
         self.save_hyperparameters(logger=False, frame=inspect.currentframe())
         self._check_settings(bpe_vocab_size=257, block_size=1)
         self.block_size = block_size
+        self._splits: dict[str, Blocks] = {}  # type: ignore[assignment]
         self._recipe = Recipe(files, val_files, test_files, val_fraction, test_fraction, tokenizer, bpe_vocab_size)
         self._tokenizer = _untrained(tokenizer)
         self._prepared: Prepared | None = None
@@ -113,6 +115,12 @@ class LanguageModelingData(ResumableData):
     def tokens_per_batch(self) -> int:
         """Tokens in a batch of one device."""
         return self.batch_size * self.block_size
+
+    def baselines(self) -> list[Baseline]:
+        """What guessing by frequency scores; after setup."""
+        self._ready()
+        counts = [self._splits[name].counts(self.vocab_size) for name in ("train", "validation")]
+        return [Baseline("loss", "guessing tokens by their frequency", unigram_loss(*counts))]
 
     def describe(self) -> str:
         """Return what a person wants to know about the data, in two lines; after setup."""

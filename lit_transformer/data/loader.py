@@ -69,6 +69,10 @@ class Blocks(Samples):
     def __len__(self) -> int:
         return len(self._windows)
 
+    def counts(self, size: int) -> NDArray[np.int64]:
+        """How often each of ``size`` token ids occurs."""
+        return np.bincount(self._tokens, minlength=size)
+
     def __getitems__(self, ids: Ids) -> Batch:
         windows = self._windows[ids]
         return {

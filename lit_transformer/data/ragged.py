@@ -26,13 +26,19 @@ class Ragged:
         self._ends = np.cumsum([0, *map(len, rows)])
         self._tokens: NDArray[Any] = np.concatenate([np.array(ids, dtype=np.uint32) for ids in rows])
 
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, i: int) -> NDArray[Any]:
+        return self._tokens[self._ends[i] : self._ends[i + 1]]
+
     def pad(self, places: Ids, value: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Some rows, filled up with a value to the longest of them, and 1 where they are themselves.
 
         Returns:
             Two arrays of ``(len(places), longest)``, int64.
         """
-        rows = [self._tokens[self._ends[i] : self._ends[i + 1]] for i in places]
+        rows = [self[i] for i in places]
         ids = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
         mask = np.zeros_like(ids)
         for i, row in enumerate(rows):
@@ -40,9 +46,10 @@ class Ragged:
             mask[i, : len(row)] = 1
         return ids, mask
 
-    def counts(self, size: int) -> NDArray[np.int64]:
-        """How often each of ``size`` token ids occurs."""
-        return np.bincount(self._tokens, minlength=size)
+    def counts(self, size: int, places: Ids | None = None) -> NDArray[np.int64]:
+        """How often each of ``size`` token ids occurs, in some rows or in all."""
+        tokens = self._tokens if places is None else np.concatenate([self[i] for i in places])
+        return np.bincount(tokens, minlength=size)
 
     def digest(self) -> str:
         """SHA-256 of the ids and of where rows end."""

@@ -2,14 +2,17 @@
 
 import hashlib
 import inspect
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from torchmetrics.text import CHRFScore, SacreBLEUScore
 
 from lit_transformer.data import corpus
+from lit_transformer.data.baselines import Baseline, unigram_loss
 from lit_transformer.data.encoder import Encoder
 from lit_transformer.data.functions import Sample, docstrings
 from lit_transformer.data.loader import Batch, Samples
@@ -124,6 +127,7 @@ class SequencePairData(ResumableData):
         self._check_settings(max_length=1, max_target_length=2, bpe_vocab_size=257)
         self.max_length, self.max_target_length = max_length, max_target_length
         self.fractions = {"validation": val_fraction, "test": test_fraction}
+        self._splits: dict[str, TextPairs] = {}  # type: ignore[assignment]
         self._digest = ""
         self._cut = {"sources": 0, "targets": 0}
 
@@ -159,6 +163,19 @@ class SequencePairData(ResumableData):
         found = {name: read_table(files, *columns, settings) for name, files in given.items() if files is not None}
         held_out = {name: fraction for name, fraction in self.fractions.items() if name not in found}
         return found | _held_out(found["train"], held_out, self._stream.seed)
+
+    def baselines(self) -> list[Baseline]:
+        """What guessing by frequency, and always writing the most frequent target, score; after setup."""
+        self._require_setup()
+        counts = [self._splits[name].targets.counts(self.vocab_size) for name in ("train", "validation")]
+        common = Counter(target for _, target in self.samples["train"]).most_common(1)[0][0]
+        wanted = [[target] for _, target in self.samples["validation"]]
+        scores = {"bleu": SacreBLEUScore(), "chrf": CHRFScore()}
+        name = f"always {common!r}"
+        return [
+            Baseline("loss", "guessing tokens by their frequency", unigram_loss(*counts)),
+            *(Baseline(key, name, float(score([common] * len(wanted), wanted))) for key, score in scores.items()),
+        ]
 
     def describe(self) -> str:
         """Return what a person wants to know about the data; after setup."""

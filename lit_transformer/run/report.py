@@ -55,7 +55,17 @@ class FitReport(Callback):
         shown = [f"{float(metrics[f'val/{k}']):.4f} {unit}" for k, unit in units.items() if f"val/{k}" in metrics]
         if shown:
             print(f"Validation: {', '.join(shown)}.")
+        self._print_baselines(trainer)
         self._print_sample(trainer, pl_module)
+
+    @staticmethod
+    def _print_baselines(trainer: Trainer) -> None:
+        """What a model has to be better than, where the data knows."""
+        baselines = getattr(trainer.datamodule, "baselines", None)  # type: ignore[attr-defined]
+        metrics = trainer.callback_metrics
+        for baseline in [] if baselines is None else baselines():
+            if (own := metrics.get(f"val/{baseline.metric}")) is not None:
+                print(f"  {baseline.metric} {float(own):.4f}; {baseline.name}: {baseline.value:.4f}")
 
     def print_places(self) -> None:
         """Where everything is; called when the last checkpoint has been written."""

@@ -50,12 +50,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _run(words: list[str]) -> None:
-    from lit_transformer.run.config_files import shipped_configs
+    from lit_transformer.run.config_files import shipped_names
     from lit_transformer.run.report import program_name
 
     if not words or words[0] in ("-h", "--help"):
-        names = ", ".join(path.stem for path in shipped_configs())
-        print(_OVERVIEW.format(program=program_name(), names=names))
+        print(_OVERVIEW.format(program=program_name(), names=", ".join(shipped_names())))
     elif words[0] == "generate":
         from lit_transformer.commands.generate import main as generate
 

@@ -40,6 +40,7 @@ def test_top_level_is_exactly_the_two_packages(wheel):
     top = {name.partition("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"lit_transformer", "lit_callbacks"}
     assert {"lit_transformer/py.typed", "lit_callbacks/py.typed", "lit_transformer/configs/default.yaml"} <= set(names)
+    assert "lit_transformer/configs/size/small.yaml" in names
 
 
 def test_every_module_is_in_the_wheel_and_imports_from_it(wheel, tmp_path):

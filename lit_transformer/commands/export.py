@@ -2,6 +2,7 @@
 
 import contextlib
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ from lit_callbacks import CheckpointError
 from lit_callbacks.checkpointing import export_weights, load_exported, local
 from lit_transformer.commands.checkpoints import load_checkpoint, locate
 from lit_transformer.commands.parser import CommandParser
+from lit_transformer.convert import save_hugging_face
+from lit_transformer.data.tokenizer import ByteTokenizer
 from lit_transformer.errors import UsageError
-from lit_transformer.nn import TransformerConfig
+from lit_transformer.nn import MaskedTransformer, Transformer, TransformerConfig
 from lit_transformer.tasks import LitCausalLM, LitPretrained
 
 
@@ -26,6 +29,12 @@ def main(words: list[str]) -> None:
     )
     parser.add_checkpoint_arguments(default="best")
     parser.add_argument("--to", type=str | None, default=None, help="The new folder.")
+    parser.add_argument(
+        "--hugging_face",
+        type=bool,
+        default=False,
+        help="Of a model of ours: as GPT-2, LLaMA or BERT, if it is like one.",
+    )
     options = parser.parse_args(words)
     if options.to is None:
         raise UsageError("export needs a folder to write to: --to FOLDER")
@@ -37,6 +46,8 @@ def main(words: list[str]) -> None:
         checkpoint = load_checkpoint(path)
         if "architecture" in checkpoint.get("hyper_parameters", {}):
             export_pretrained(checkpoint, Path(options.to))
+        elif options.hugging_face:
+            export_as_theirs(checkpoint, Path(options.to))
         else:
             export_weights(path, Path(options.to))
     except CheckpointError as error:
@@ -58,8 +69,6 @@ def export_pretrained(checkpoint: dict[str, Any], folder: Path) -> None:
     Raises:
         UsageError: If the folder exists, or the weights do not fit.
     """
-    if folder.exists():
-        raise UsageError(f"{folder} exists already; choose another folder")
     settings = checkpoint["hyper_parameters"]
     kept = {name: settings[name] for name in ("architecture", "task", "multi_label", "lora")}
     module = LitPretrained(**kept)
@@ -67,12 +76,50 @@ def export_pretrained(checkpoint: dict[str, Any], folder: Path) -> None:
         module.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
         raise UsageError(f"the checkpoint's weights do not fit its configuration: {error}") from None
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        whole = Path(scratch) / "whole"
+    with _appearing(folder) as whole:
         module.save_pretrained(whole)
         _save_tokenizer(checkpoint.get("config", {}), whole)
-        whole.rename(folder)
+
+
+def export_as_theirs(checkpoint: dict[str, Any], folder: Path) -> None:
+    """Write a language model of ours as the GPT-2, LLaMA or BERT that it is, and a BPE tokenizer beside it.
+
+    Args:
+        checkpoint: The contents of a checkpoint of :class:`~lit_transformer.LitCausalLM` or
+            :class:`~lit_transformer.LitMaskedLM`.
+        folder: A new folder.
+
+    Raises:
+        UsageError: If the folder exists, the model is like none of theirs, or the weights do not fit.
+    """
+    settings = checkpoint["hyper_parameters"]
+    weights = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()}
+    network = MaskedTransformer if "head.dense.weight" in weights else Transformer
+    try:
+        model = network(TransformerConfig(**settings["config"]))
+        model.load_state_dict({name: weights[name] for name in model.state_dict()})
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UsageError(f"the checkpoint is of no language model of ours: {error}") from None
+    try:
+        with _appearing(folder) as whole:
+            save_hugging_face(model, whole)
+            tokenizers = [state.get("tokenizer") for state in checkpoint.values() if isinstance(state, dict)]
+            for text in tokenizers:
+                if text is not None and text != ByteTokenizer().to_json():
+                    (whole / "tokenizer.json").write_text(text, encoding="utf-8")
+    except ValueError as error:
+        raise UsageError(f"this model is none of Hugging Face's: {error}") from None
+
+
+@contextlib.contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """A place to write to, which becomes the folder when all is written."""
+    if folder.exists():
+        raise UsageError(f"{folder} exists already; choose another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        yield Path(scratch) / "whole"
+        (Path(scratch) / "whole").rename(folder)
 
 
 def _save_tokenizer(config: dict[str, Any], folder: Path) -> None:

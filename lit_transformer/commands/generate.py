@@ -8,12 +8,12 @@ import torch
 
 from lit_transformer.commands.checkpoints import load_checkpoint, locate
 from lit_transformer.commands.parser import CommandParser
-from lit_transformer.data import LanguageModelingData
+from lit_transformer.data import LanguageModelingData, SequencePairData
 from lit_transformer.data.tokenizer import Tokenizer, from_json
 from lit_transformer.errors import UsageError
 from lit_transformer.nn import generate
 from lit_transformer.nn.generation import check_sampling
-from lit_transformer.tasks import LitCausalLM
+from lit_transformer.tasks import LitCausalLM, LitSeq2Seq
 
 
 def main(words: list[str]) -> None:
@@ -22,7 +22,10 @@ def main(words: list[str]) -> None:
     Raises:
         UsageError: For anything wrong in them, or in the checkpoint.
     """
-    parser = CommandParser(prog="generate", description="Write text from a prompt, as it is sampled.")
+    parser = CommandParser(
+        prog="generate",
+        description="Write text from a prompt, as it is sampled; of a sequence-to-sequence model, its target.",
+    )
     parser.add_checkpoint_arguments()
     parser.add_argument("--prompt", type=str, default="", help="Text to go on from.")
     parser.add_argument("--max_new_tokens", type=int, default=400, help="Tokens to write.")
@@ -40,6 +43,10 @@ def main(words: list[str]) -> None:
         raise UsageError(str(error)) from None
 
     task, tokenizer = _load(_checkpoint_path(options.ckpt_path, options.run, Path(options.root)))
+    if isinstance(task, LitSeq2Seq):
+        source = tokenizer.encode(options.prompt)[: task.config.max_length].tolist() or [tokenizer.eos_id]
+        print(tokenizer.decode(task.write(torch.tensor([source], device=task.device))[0]))
+        return
     prompt = tokenizer.encode(options.prompt).tolist() or [tokenizer.eos_id]
     sys.stdout.write(options.prompt)
     tokens = generate(
@@ -66,12 +73,14 @@ def _checkpoint_path(given: str | None, run: str | None, root: Path) -> str | Pa
     return given
 
 
-def _load(path: str | Path) -> tuple[LitCausalLM, Tokenizer]:
+def _load(path: str | Path) -> tuple[LitCausalLM | LitSeq2Seq, Tokenizer]:
     """Model and tokenizer, both from the checkpoint."""
     checkpoint = load_checkpoint(path)
-    data = checkpoint.get(LanguageModelingData.__qualname__)
-    if data is None or "label_smoothing" not in checkpoint.get("hyper_parameters", {}):
+    pairs = checkpoint.get(SequencePairData.__qualname__)
+    data = checkpoint.get(LanguageModelingData.__qualname__) if pairs is None else pairs
+    if data is None or data["tokenizer"] is None or "config" not in checkpoint.get("hyper_parameters", {}):
         raise UsageError(f"{path} does not hold a language model with its tokenizer, so it cannot write text")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    task = LitCausalLM.load_from_checkpoint(path, map_location=device, weights_only=True)
+    kind: type[LitCausalLM | LitSeq2Seq] = LitCausalLM if pairs is None else LitSeq2Seq
+    task = kind.load_from_checkpoint(path, map_location=device, weights_only=True)
     return task.eval(), from_json(data["tokenizer"])

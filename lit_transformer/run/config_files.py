@@ -21,6 +21,12 @@ def shipped_configs() -> list[Path]:
     return [] if folder is None else sorted(folder.rglob("*.yaml"))
 
 
+def shipped_names() -> list[str]:
+    """What they are called: a task, or size/small to be put on top of one."""
+    paths = shipped_configs()
+    return sorted(path.stem if path.parent.name == "configs" else f"{path.parent.name}/{path.stem}" for path in paths)
+
+
 def find_config(name: str) -> str:
     """A path as it is if it exists, else the shipped configuration of that name.
 
@@ -37,7 +43,7 @@ def find_config(name: str) -> str:
     for path in shipped_configs():
         if wanted in (path.stem, f"{path.parent.name}/{path.stem}"):
             return str(path)
-    names = ", ".join(path.stem for path in shipped_configs())
+    names = ", ".join(shipped_names())
     raise UsageError(f"there is no configuration file {name}, and none of that name is shipped; shipped are: {names}")
 
 

@@ -9,12 +9,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lit_transformer.nn import generate
+from lit_transformer.objectives import IGNORED
 from lit_transformer.run.folder import RunFolder
 from lit_transformer.task import LitTask
-from lit_transformer.tasks import LitCausalLM, LitPretrained
+from lit_transformer.tasks import LitCausalLM, LitPretrained, LitSeq2Seq
 
 _SAMPLE_TOKENS = 200
 _PROMPT_TOKENS = 24
+_PAIRS = 5
 
 
 class FitReport(Callback):
@@ -83,6 +85,9 @@ class FitReport(Callback):
                 print(f"  {path.relative_to(self.run.path)!s:<40} {meaning}")
 
     def _print_sample(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(pl_module, LitSeq2Seq):
+            self._print_pairs(trainer, pl_module)
+            return
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
         if not isinstance(pl_module, LitCausalLM) or tokenizer is None:
             return
@@ -94,6 +99,21 @@ class FitReport(Callback):
         print(f"{tokenizer.decode(prompt)} ... {tokenizer.decode(tokens)}")
 
     @staticmethod
+    def _print_pairs(trainer: Trainer, pl_module: LitSeq2Seq) -> None:
+        decode = getattr(trainer.datamodule, "decode", None)  # type: ignore[attr-defined]
+        if decode is None:
+            return
+        batch = next(iter(trainer.datamodule.val_dataloader()))  # type: ignore[attr-defined]
+        pl_module.eval()
+        inputs = {key: batch[key][:_PAIRS].to(pl_module.device) for key in ("input_ids", "attention_mask")}
+        written = pl_module.write(**inputs)
+        pl_module.train()
+        print(f"The first {len(written)} targets of the validation data, and what the model writes:\n")
+        for ids, target in zip(written, batch["targets"], strict=False):
+            wanted = decode([i for i in target.tolist() if i not in (IGNORED, pl_module.eos_id)])
+            print(f"  {wanted}\n    {decode(ids)}")
+
+    @staticmethod
     def _shape(pl_module: LightningModule) -> str:
         if isinstance(pl_module, LitPretrained):
             architecture = pl_module.architecture
@@ -101,8 +121,9 @@ class FitReport(Callback):
         config = getattr(pl_module, "config", None)
         if config is None:
             return "of its own kind"
+        layers = f"{config.n_layers} + {config.decoder_layers}" if pl_module.kind == "seq2seq" else config.n_layers
         return (
-            f"{config.n_layers} layers x {config.d_model}, {config.n_heads} heads, {config.norm_placement}-norm, "
+            f"{layers} layers x {config.d_model}, {config.n_heads} heads, {config.norm_placement}-norm, "
             f"{config.positions} positions"
         )
 

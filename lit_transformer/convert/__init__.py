@@ -33,7 +33,7 @@ def from_hugging_face(config: dict[str, Any], weights: Weights) -> Model:
     kind = _KINDS.get(config.get("model_type", ""))
     if kind is None:
         raise ValueError(f"expected model_type to be one of {', '.join(_KINDS)}, got {config.get('model_type')!r}")
-    made = kind.config_to_ours(config)
+    made, weights = kind.config_to_ours(config), kind.current_names(weights)
     model: Model = kind.MODEL(made)
     tied = ("lm_head.weight",) if made.tie_embeddings else ()
     ours = to_ours(kind.entries(made), weights, (*kind.IGNORED, *tied))
@@ -59,15 +59,18 @@ def to_hugging_face(model: Model) -> tuple[dict[str, Any], dict[str, Tensor]]:
     reasons = []
     for name, kind in candidates.items():
         try:
-            demand(vars(model.config), kind.OURS)
+            shared = model.config.kv_heads != model.config.n_heads
+            demand(vars(model.config) | {"n_kv_heads": model.config.kv_heads if shared else None}, kind.OURS)
             config = kind.config_to_theirs(model.config)
         except ValueError as error:
             reasons.append(f"as {name}: {error}")
             continue
-        config |= {"model_type": name, "architectures": [kind.ARCHITECTURE], "dtype": "float32"}
+        config |= {"model_type": name, "architectures": [kind.ARCHITECTURE]}
         weights = to_theirs(kind.entries(model.config), model.state_dict())
+        config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
         if kind is bert:
-            weights["bert.embeddings.token_type_embeddings.weight"] = torch.zeros(1, model.config.d_model)
+            segments = weights["bert.embeddings.word_embeddings.weight"].new_zeros(1, model.config.d_model)
+            weights["bert.embeddings.token_type_embeddings.weight"] = segments
         return config, weights
     raise ValueError("; ".join(reasons) or f"{type(model).__name__} is like none of their models")
 

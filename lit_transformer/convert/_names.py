@@ -9,6 +9,9 @@ from torch import Tensor
 
 Weights = Mapping[str, Tensor]
 
+UNSCALED = (None, "xavier", "kaiming", "normal", "gpt2")
+"""Initialisations after which embeddings enter as they are; ``small`` multiplies them, which none of theirs does."""
+
 
 @dataclass(frozen=True)
 class Entry:

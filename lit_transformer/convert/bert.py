@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lit_transformer.convert._names import Entry, both, demand
+from lit_transformer.convert._names import UNSCALED, Entry, Weights, both, demand
 from lit_transformer.nn import MaskedTransformer, TransformerConfig
 
 MODEL = MaskedTransformer
@@ -25,6 +25,7 @@ OURS: dict[str, object] = {
     "n_kv_heads": None,
     "qk_norm": False,
     "sliding_window": None,
+    "init": UNSCALED,
 }
 _THEIRS = {
     "position_embedding_type": "absolute",
@@ -73,6 +74,16 @@ def config_to_theirs(ours: TransformerConfig) -> dict[str, Any]:
         "type_vocab_size": 1,
         "pad_token_id": None,
     }
+
+
+def current_names(theirs: Weights) -> Weights:
+    """Weights of older files under their names of today: norms once had gamma and beta."""
+    old = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+    renamed = {}
+    for name, weight in theirs.items():
+        tail = ".".join(name.split(".")[-2:])
+        renamed[name.removesuffix(tail) + old.get(tail, tail)] = weight
+    return renamed
 
 
 def entries(config: TransformerConfig) -> list[Entry]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lit_transformer.convert._names import Entry, both, demand
+from lit_transformer.convert._names import UNSCALED, Entry, Weights, both, demand
 from lit_transformer.nn import Transformer, TransformerConfig
 
 MODEL = Transformer
@@ -19,6 +19,7 @@ OURS: dict[str, object] = {
     "qk_norm": False,
     "embedding_norm": False,
     "sliding_window": None,
+    "init": UNSCALED,
 }
 _THEIRS = {
     "scale_attn_weights": True,
@@ -66,6 +67,13 @@ def config_to_theirs(ours: TransformerConfig) -> dict[str, Any]:
         "bos_token_id": None,
         "eos_token_id": None,
     }
+
+
+def current_names(theirs: Weights) -> Weights:
+    """Weights of older files under their names of today: OpenAI's have no ``transformer.`` in front."""
+    if any(name.startswith("transformer.") for name in theirs):
+        return theirs
+    return {name if name.startswith("lm_head.") else f"transformer.{name}": w for name, w in theirs.items()}
 
 
 def entries(config: TransformerConfig) -> list[Entry]:

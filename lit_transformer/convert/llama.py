@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lit_transformer.convert._names import Entry, both, demand
+from lit_transformer.convert._names import UNSCALED, Entry, Weights, both, demand
 from lit_transformer.nn import Transformer, TransformerConfig
 
 MODEL = Transformer
@@ -17,6 +17,7 @@ OURS: dict[str, object] = {
     "qk_norm": False,
     "embedding_norm": False,
     "sliding_window": None,
+    "init": UNSCALED,
 }
 _THEIRS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
 
@@ -25,7 +26,7 @@ def config_to_ours(theirs: dict[str, Any]) -> TransformerConfig:
     """Our settings from the ``config.json``."""
     demand(theirs, _THEIRS)
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    demand(rope, {"rope_type": "default"})
+    demand(rope, {"rope_type": "default", "type": "default"})  # the second name is the older one
     heads, width = theirs["num_attention_heads"], theirs["hidden_size"]
     demand(theirs, {"head_dim": (width // heads, None)})
     return TransformerConfig(
@@ -67,6 +68,11 @@ def config_to_theirs(ours: TransformerConfig) -> dict[str, Any]:
         "bos_token_id": None,
         "eos_token_id": None,
     }
+
+
+def current_names(theirs: Weights) -> Weights:
+    """Weights of older files under their names of today."""
+    return theirs
 
 
 def entries(config: TransformerConfig) -> list[Entry]:

@@ -62,12 +62,16 @@ def beam_search(
         length_penalty: See above.
 
     Raises:
-        ValueError: If ``beams`` or ``max_new_tokens`` is below 1.
+        ValueError: If ``beams`` or ``max_new_tokens`` is below 1, or the latter above the model's ``max_length``.
 
     Cost: a pass of the decoder over ``B * beams`` tokens per new token; keys and values are kept.
     """
     if beams < 1 or max_new_tokens < 1:
         raise ValueError(f"beams and max_new_tokens must be at least 1, got {beams} and {max_new_tokens}")
+    if max_new_tokens > model.config.max_length:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} is above the model's max_length={model.config.max_length}; lower it"
+        )
     n, device = len(source_BS), source_BS.device
     rows = torch.arange(n, device=device).repeat_interleave(beams)
     memory = model.encode(source_BS, real_BS)[rows]

@@ -1,5 +1,6 @@
 """What a transformer looks like, as plain numbers and names."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -126,7 +127,8 @@ class TransformerConfig:
             )
         if self.n_heads % self.kv_heads:
             raise ValueError(
-                f"n_heads must be divisible by n_kv_heads, got n_heads={self.n_heads} and n_kv_heads={self.kv_heads}"
+                f"n_heads must be divisible by n_kv_heads, got n_heads={self.n_heads} and n_kv_heads={self.kv_heads};"
+                f" use n_kv_heads={math.gcd(self.n_heads, self.kv_heads)}"
             )
         if self.norm_placement == "deepnorm" and self.init is not None:
             raise ValueError(

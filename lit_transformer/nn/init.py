@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_transformer.nn.config import TransformerConfig
+from lit_transformer.nn.residual import ReZero
 
 _RESIDUAL_OUTPUTS = ("out", "down")
 _OUTSIDE_OF_BRANCHES = ("head", "dense", "output")
@@ -55,6 +56,8 @@ def initialize(model: nn.Module, config: TransformerConfig, n_sublayers: int, be
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
             module.reset_parameters()
+        elif isinstance(module, ReZero):
+            nn.init.zeros_(module.gate)
     if config.tie_embeddings and hasattr(model, "token_embedding"):  # the shared matrix is an embedding first
         nn.init.normal_(model.get_parameter("token_embedding.weight"), std=std)
 

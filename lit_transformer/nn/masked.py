@@ -9,14 +9,14 @@ from lit_transformer.nn.transformer import Encoder, make_head
 
 
 class MaskedHead(nn.Module):
-    """``output(norm(gelu(dense(x))))`` over the vocabulary (Devlin et al. 2019); the output layer has a bias."""
+    """``output(norm(gelu(dense(x))))`` over the vocabulary (Devlin et al. 2019); the output layer has a bias, too."""
 
     def __init__(self, config: TransformerConfig, token_embedding: nn.Embedding) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.d_model, config.d_model)
+        self.dense = nn.Linear(config.d_model, config.d_model, bias=config.bias)
         self.activation = nn.GELU()
         self.norm = make_norm(config)
-        self.output = make_head(config, token_embedding, bias=True)
+        self.output = make_head(config, token_embedding, bias=config.bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Logits ``(B, T, V)``."""

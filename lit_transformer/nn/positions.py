@@ -18,6 +18,12 @@ from torch import Tensor, nn
 _WAVE_BASE = 10_000.0
 
 
+def _angles(max_length: int, width: int, base: float) -> Tensor:
+    """Position times ``base^(-2i/width)``, ``(max_length, width/2)``, in fp32 at least: bf16 skips places above 256."""
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    return torch.arange(max_length, dtype=dtype)[:, None] * base ** (-torch.arange(0, width, 2, dtype=dtype) / width)
+
+
 class LearnedPositions(nn.Module):
     """Add a trained vector per position."""
 
@@ -41,9 +47,8 @@ class SinusoidalPositions(nn.Module):
     def __init__(self, max_length: int, d_model: int) -> None:
         super().__init__()
         self.scale = math.sqrt(d_model)
-        frequency = _WAVE_BASE ** (-torch.arange(0, d_model, 2) / d_model)
-        angle = torch.arange(max_length)[:, None] * frequency
-        wave = torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
+        angle = _angles(max_length, d_model, _WAVE_BASE)
+        wave = torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1).to(torch.get_default_dtype())
         self.register_buffer("wave", wave, persistent=False)
 
     def forward(self, x_BTD: Tensor, start: int = 0) -> Tensor:
@@ -64,10 +69,9 @@ class RotaryPositions(nn.Module):
 
     def __init__(self, max_length: int, head_dim: int, base: float = 10_000.0) -> None:
         super().__init__()
-        frequency = base ** (-torch.arange(0, head_dim, 2) / head_dim)
-        angle = torch.arange(max_length)[:, None] * frequency
-        self.register_buffer("cos", angle.cos().repeat(1, 2), persistent=False)
-        self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), dim=-1), persistent=False)
+        angle, dtype = _angles(max_length, head_dim, base), torch.get_default_dtype()
+        self.register_buffer("cos", angle.cos().repeat(1, 2).to(dtype), persistent=False)
+        self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), dim=-1).to(dtype), persistent=False)
 
     def forward(self, x_BHTd: Tensor, start: int = 0) -> Tensor:
         """``x`` turned as positions ``start`` to ``start + T``."""

@@ -133,7 +133,7 @@ class ReZero(Residual):
 
     def __init__(self, sublayer: nn.Module, config: TransformerConfig, *rest: float) -> None:
         super().__init__(sublayer, config, *rest)
-        self.gate = nn.Parameter(torch.zeros(()))
+        self.gate = nn.Parameter(torch.zeros(1))  # FSDP takes no scalars
 
     def forward(self, x: Tensor, *args: object) -> Tensor:
         """Apply the sub-layer around the residual stream ``x``; ``args`` go to the sub-layer."""

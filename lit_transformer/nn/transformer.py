@@ -108,8 +108,11 @@ class Stack(nn.Module):
                 f"a sequence of {start + ids_BT.size(1)} tokens is longer than max_length={self.config.max_length}; "
                 "shorten it, or build the model with a larger max_length"
             )
-        check_ids(ids_BT, self.config.vocab_size)
-        x_BTD = self.token_embedding(ids_BT)
+        try:
+            x_BTD = self.token_embedding(ids_BT)
+        except IndexError:  # on a CPU torch looks at every id anyway, but does not say which is wrong
+            check_ids(ids_BT, self.config.vocab_size)
+            raise
         if self.embedding_scale != 1.0:
             x_BTD = x_BTD * self.embedding_scale
         if self.positions is not None:

@@ -69,7 +69,6 @@ class Stack(nn.Module):
         n_layers: Number of blocks.
         cross: Whether the blocks attend to another sequence.
         alpha: Weight of the stream under DeepNorm.
-        token_embedding: Shared with another stack; a new one by default.
     """
 
     def __init__(
@@ -78,11 +77,10 @@ class Stack(nn.Module):
         n_layers: int,
         cross: bool = False,
         alpha: float = 1.0,
-        token_embedding: nn.Embedding | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        self.token_embedding = token_embedding or nn.Embedding(config.vocab_size, config.d_model)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.positions: nn.Module | None = None
         rotary = None
         if config.positions == "rotary":
@@ -265,8 +263,9 @@ class EncoderDecoder(nn.Module):
         alpha, beta = deepnorm_constants(config.n_layers, n)[1]
         self.config = config
         self.encoder = Encoder(config, n_decoder=n)
-        shared = self.encoder.token_embedding if config.tie_embeddings else None
-        self.decoder = Stack(config, n, cross=True, alpha=alpha, token_embedding=shared)
+        self.decoder = Stack(config, n, cross=True, alpha=alpha)
+        if config.tie_embeddings:  # the weight alone: functional_call does not restore a module that has two names
+            self.decoder.token_embedding.weight = self.encoder.token_embedding.weight
         self.head = make_head(config, self.decoder.token_embedding)
         initialize(self.decoder, config, n_sublayers=3 * n, beta=beta)
         if not config.tie_embeddings:

@@ -4,6 +4,7 @@ from lit_transformer.nn.config import TransformerConfig
 from lit_transformer.nn.generation import generate, sample
 from lit_transformer.nn.ids import check_ids
 from lit_transformer.nn.masked import MaskedTransformer
+from lit_transformer.nn.summary import Summary, summarize
 from lit_transformer.nn.transformer import Block, Decoder, Encoder, EncoderDecoder, Transformer
 
 __all__ = [
@@ -12,9 +13,11 @@ __all__ = [
     "Encoder",
     "EncoderDecoder",
     "MaskedTransformer",
+    "Summary",
     "Transformer",
     "TransformerConfig",
     "check_ids",
     "generate",
     "sample",
+    "summarize",
 ]

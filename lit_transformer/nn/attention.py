@@ -6,8 +6,10 @@ Shapes: B batch, T queries, S keys, D d_model, H heads, K heads of keys and valu
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 
 from lit_transformer.nn.config import TransformerConfig
+from lit_transformer.nn.flex import attend_blocks
 from lit_transformer.nn.masks import Mask
 from lit_transformer.nn.norm import make_head_norm
 from lit_transformer.nn.positions import RotaryPositions
@@ -49,8 +51,10 @@ class KeyValueCache:
 def attend(q_BHTd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, mask: Mask = None, dropout: float = 0.0) -> Tensor:
     """Scaled dot products of queries with the keys they see; see :mod:`lit_transformer.nn.masks` for which those are.
 
-    Always through torch's fused kernel, which is also where monitors look for it.
+    Through torch's fused kernel, which is also where monitors look for it, but for blocks.
     """
+    if isinstance(mask, BlockMask):
+        return attend_blocks(q_BHTd, k_BKSd, v_BKSd, mask)
     shared = q_BHTd.size(1) != k_BKSd.size(1)
     causal, visible = isinstance(mask, str), mask if isinstance(mask, Tensor) else None
     return F.scaled_dot_product_attention(

@@ -1,7 +1,7 @@
 """Which keys a query sees.
 
-A mask is ``"causal"``, each query sees the keys up to its own place; ``None``, all; or a boolean tensor that can be
-broadcast to ``(B, H, T, S)``, true where a key is seen.
+A mask is ``"causal"``, each query sees the keys up to its own place; ``None``, all; a boolean tensor that can be
+broadcast to ``(B, H, T, S)``, true where a key is seen; or blocks for :mod:`lit_transformer.nn.flex`.
 
 Shapes: B batch, H heads, T queries, S keys.
 """
@@ -10,12 +10,17 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
-Mask = Tensor | Literal["causal"] | None
+from lit_transformer.nn.flex import is_near, window_blocks
+
+Mask = Tensor | BlockMask | Literal["causal"] | None
 
 
-def causal_mask(t: int, start: int, window: int | None, device: torch.device) -> Mask:
+def causal_mask(t: int, start: int, window: int | None, device: torch.device, blocks: bool = False) -> Mask:
     """Queries at places ``start`` to ``start + t`` see the keys up to their own place, or the last ``window`` of them.
+
+    With ``blocks``, a window from the start is given as blocks.
 
     Example:
         >>> causal_mask(3, 0, None, torch.device("cpu"))
@@ -29,11 +34,14 @@ def causal_mask(t: int, start: int, window: int | None, device: torch.device) ->
         if t == 1:
             return None
         window = start + t
-    distance_TS = _distance(t, start, device)
-    return (distance_TS >= 0) & (distance_TS < window)
+    elif blocks and start == 0:
+        return window_blocks(t, True, window, device)
+    return is_near(_distance(t, start, device), True, window)
 
 
-def bidirectional_mask(length: int, window: int | None, real_BS: Tensor | None, device: torch.device) -> Mask:
+def bidirectional_mask(
+    length: int, window: int | None, real_BS: Tensor | None, device: torch.device, blocks: bool = False
+) -> Mask:
     """Every token sees the real ones, or those less than ``window`` away.
 
     A row without any real token sees all: softmax over nothing would be NaN.
@@ -43,6 +51,7 @@ def bidirectional_mask(length: int, window: int | None, real_BS: Tensor | None, 
         window: How far to either side, itself included.
         real_BS: True where a token is no padding; None if none is.
         device: Where the mask is used.
+        blocks: Whether a window without padding is given as blocks.
 
     Example:
         >>> bidirectional_mask(3, 2, None, torch.device("cpu")).int().tolist()
@@ -50,7 +59,9 @@ def bidirectional_mask(length: int, window: int | None, real_BS: Tensor | None, 
     """
     near = None
     if window is not None and window < length:
-        near = _distance(length, 0, device).abs() < window
+        if blocks and real_BS is None:
+            return window_blocks(length, False, window, device)
+        near = is_near(_distance(length, 0, device), False, window)
     if real_BS is None:
         return near
     real_B11S = padding_mask(real_BS)

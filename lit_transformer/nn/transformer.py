@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from lit_transformer.nn.attention import CrossAttention, KeyValueCache, SelfAttention
 from lit_transformer.nn.config import TransformerConfig
 from lit_transformer.nn.feed_forward import make_feed_forward
+from lit_transformer.nn.flex import SMALLEST_HEAD
 from lit_transformer.nn.ids import check_ids
 from lit_transformer.nn.init import initialize
 from lit_transformer.nn.masks import Mask, bidirectional_mask, causal_mask, padding_mask
@@ -69,7 +70,6 @@ class Stack(nn.Module):
         n_layers: Number of blocks.
         cross: Whether the blocks attend to another sequence.
         alpha: Weight of the stream under DeepNorm.
-        token_embedding: Shared with another stack; a new one by default.
     """
 
     def __init__(
@@ -78,11 +78,10 @@ class Stack(nn.Module):
         n_layers: int,
         cross: bool = False,
         alpha: float = 1.0,
-        token_embedding: nn.Embedding | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        self.token_embedding = token_embedding or nn.Embedding(config.vocab_size, config.d_model)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.positions: nn.Module | None = None
         rotary = None
         if config.positions == "rotary":
@@ -136,6 +135,12 @@ class Stack(nn.Module):
             x_BTD = checkpoint(block, *given, use_reentrant=False) if again else block(*given)
         return self.final_norm(x_BTD)  # type: ignore[no-any-return]
 
+    @property
+    def takes_blocks(self) -> bool:
+        """Whether windows can be left to flex attention."""
+        fits = self.token_embedding.weight.is_cuda and self.config.head_dim >= SMALLEST_HEAD
+        return fits and not (self.training and self.config.attention_dropout)
+
     def make_caches(self) -> list[KeyValueCache]:
         """Empty caches, one a layer, for generation."""
         return [KeyValueCache(self.config.max_length) for _ in self.blocks]
@@ -167,7 +172,9 @@ class Decoder(Stack):
         """States of the tokens; ``caches``, one a layer, hold what came before ``ids``."""
         start = caches[0].length if caches is not None else 0
         x_BTD = self.embed(ids_BT, start)
-        return self.run(x_BTD, causal_mask(ids_BT.size(1), start, self.config.sliding_window, ids_BT.device), caches)
+        blocks = caches is None and self.takes_blocks
+        mask = causal_mask(ids_BT.size(1), start, self.config.sliding_window, ids_BT.device, blocks)
+        return self.run(x_BTD, mask, caches)
 
     def forward(self, ids_BT: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
         """Likewise."""
@@ -232,7 +239,8 @@ class Encoder(Stack):
 
     def forward(self, ids_BS: Tensor, real_BS: Tensor | None = None) -> Tensor:
         """States of the tokens."""
-        mask = bidirectional_mask(ids_BS.size(1), self.config.sliding_window, real_BS, ids_BS.device)
+        length, window = ids_BS.size(1), self.config.sliding_window
+        mask = bidirectional_mask(length, window, real_BS, ids_BS.device, self.takes_blocks)
         return self.run(self.embed(ids_BS), mask)
 
 
@@ -265,8 +273,9 @@ class EncoderDecoder(nn.Module):
         alpha, beta = deepnorm_constants(config.n_layers, n)[1]
         self.config = config
         self.encoder = Encoder(config, n_decoder=n)
-        shared = self.encoder.token_embedding if config.tie_embeddings else None
-        self.decoder = Stack(config, n, cross=True, alpha=alpha, token_embedding=shared)
+        self.decoder = Stack(config, n, cross=True, alpha=alpha)
+        if config.tie_embeddings:  # the weight alone: functional_call does not restore a module that has two names
+            self.decoder.token_embedding.weight = self.encoder.token_embedding.weight
         self.head = make_head(config, self.decoder.token_embedding)
         initialize(self.decoder, config, n_sublayers=3 * n, beta=beta)
         if not config.tie_embeddings:
@@ -285,7 +294,8 @@ class EncoderDecoder(nn.Module):
     ) -> Tensor:
         """Logits of the token after each of the target, given :meth:`encode`'s states."""
         start = caches[0].length if caches is not None else 0
-        mask = causal_mask(target_BT.size(1), start, self.config.sliding_window, target_BT.device)
+        blocks = caches is None and self.decoder.takes_blocks
+        mask = causal_mask(target_BT.size(1), start, self.config.sliding_window, target_BT.device, blocks)
         seen = None if real_BS is None else padding_mask(real_BS)
         logits_BTV: Tensor = self.head(
             self.decoder.run(self.decoder.embed(target_BT, start), mask, caches, memory_BSD, seen)

@@ -1,18 +1,22 @@
 """Low precision, function transforms, fake tensors, fully compiled models, and monitors that look on."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.nn.attention.flex_attention import create_mask
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from lit_callbacks.functional import attention_statistics
 from lit_transformer.nn import EncoderDecoder, MaskedTransformer, Transformer, TransformerConfig, check_ids
 from lit_transformer.nn.beam_search import beam_search
+from lit_transformer.nn.flex import attend_blocks, window_blocks
 from lit_transformer.nn.init import initialize
 from lit_transformer.nn.positions import RotaryPositions, SinusoidalPositions
+from lit_transformer.nn.transformer import Stack
 
 TINY = TransformerConfig(
     vocab_size=20, max_length=16, d_model=16, n_layers=2, n_heads=4,
@@ -110,3 +114,55 @@ def test_inductor_compiles_the_whole_model():
     model = Transformer(replace(TINY, qk_norm=True, n_kv_heads=2, positions="rotary", sliding_window=3))
     ids = torch.randint(20, (3, 9))
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(ids), model(ids), atol=1e-4, rtol=1e-4)
+
+
+# ---- windows as blocks, for GPUs; flex attention runs forward on a CPU, too
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("length", [9, 200])
+@pytest.mark.parametrize("kind", [Transformer, MaskedTransformer, EncoderDecoder])
+def test_windows_as_blocks_give_the_same_logits(kind, length):
+    config = replace(TINY, max_length=200, sliding_window=5, n_kv_heads=2, positions="rotary")
+    model, ids = kind(config).eval(), torch.randint(20, (2, length))
+    inputs = (ids, ids) if kind is EncoderDecoder else (ids,)
+    with torch.no_grad():
+        expected = model(*inputs)
+        with (
+            patch.object(Stack, "takes_blocks", True),
+            patch("lit_transformer.nn.attention.attend_blocks", wraps=attend_blocks) as used,
+        ):
+            got = model(*inputs)
+    assert used.call_count == (4 if kind is EncoderDecoder else 2)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_block_holds_what_the_mask_shows(causal):
+    blocks = window_blocks(1000, causal, 7, torch.device("cpu"))
+    distance = torch.arange(1000)[:, None] - torch.arange(1000)
+    shown = create_mask(blocks.mask_mod, 1, 1, 1000, 1000, device="cpu")[0, 0]
+    assert torch.equal(shown, (distance >= 0) & (distance < 7) if causal else distance.abs() < 7)
+    assert blocks.sparsity() > 60
+
+
+def test_blocks_are_for_gpus_and_without_dropout():
+    model = Transformer(replace(TINY, d_model=64, sliding_window=3, attention_dropout=0.1))
+    assert not model.takes_blocks
+    model.__dict__["token_embedding"] = SimpleNamespace(weight=SimpleNamespace(is_cuda=True))
+    assert not model.takes_blocks
+    assert model.eval().takes_blocks
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_windows_as_blocks_on_a_gpu():
+    config = replace(TINY, d_model=64, max_length=512, sliding_window=50, n_kv_heads=2)
+    model, ids = Transformer(config).cuda(), torch.randint(20, (2, 512), device="cuda")
+    logits, gradients = [], []
+    for blocks in (True, False):
+        with patch.object(Stack, "takes_blocks", blocks):
+            logits.append(model(ids))
+        gradients.append(torch.autograd.grad(logits[-1].square().mean(), list(model.parameters())))
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-3, rtol=1e-3)

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 import lit_callbacks
 from lit_transformer import LanguageModelingData, LitCausalLM, TransformerConfig, WarmupCosine
-from lit_transformer.optim import decay_groups
+from lit_transformer.optim import ParamGroups
 from lit_transformer.run.metrics_file import MetricsFile
 
 LAYERS, D_MODEL, HEADS, LENGTH, BATCH, VOCAB = 4, 192, 6, 256, 8, 256
@@ -77,7 +77,9 @@ class BareLoop(Callback):
 
     def __init__(self, peer: nn.Module, steps: int) -> None:
         self.peer, self.steps = peer, steps
-        self.optimizer = torch.optim.AdamW(decay_groups(peer), lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            ParamGroups().build(peer), lr=LR, betas=BETAS, weight_decay=DECAY, fused=True
+        )
         self.fit_seconds: list[float] = []
         self.bare_seconds: list[float] = []
         self.mark = 0.0

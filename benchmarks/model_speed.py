@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers as hf
@@ -24,11 +25,11 @@ LAYERS, WIDTH, HEADS, VOCABULARY, LENGTH, BATCH = 4, 256, 8, 4096, 256, 4
 Logits = Callable[[Tensor], Tensor]
 
 
-def ours() -> tuple[nn.Module, Logits]:
-    """This project's."""
+def ours(activation: Any) -> tuple[nn.Module, Logits]:
+    """This project's, with the other side's activation."""
     config = TransformerConfig(
         vocab_size=VOCABULARY, max_length=LENGTH, d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS,
-        activation="gelu_tanh", ffn_dropout=0.0,
+        activation=activation, ffn_dropout=0.0,
     )  # fmt: skip
     model = Transformer(config)
     return model, model
@@ -69,9 +70,9 @@ def stepper(made: tuple[nn.Module, Logits]) -> Callable[[Tensor], float]:
     return step
 
 
-def compare(name: str, other: tuple[nn.Module, Logits], steps: int) -> None:
+def compare(name: str, other: tuple[nn.Module, Logits], activation: str, steps: int) -> None:
     """Take turns, the first of each pair changing."""
-    sides = [stepper(ours()), stepper(other)]
+    sides = [stepper(ours(activation)), stepper(other)]
     ratios = []
     for i in range(steps + 3):
         ids = torch.randint(VOCABULARY, (BATCH, LENGTH))
@@ -105,9 +106,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    compare("Hugging Face's GPT-2", hugging_face(), options.steps)
+    compare("Hugging Face's GPT-2", hugging_face(), "gelu_tanh", options.steps)
     if options.nanogpt is not None:
-        compare("nanoGPT", nanogpt(options.nanogpt), options.steps)
+        compare("nanoGPT", nanogpt(options.nanogpt), "gelu", options.steps)
     generation()
 
 

@@ -11,6 +11,7 @@ from lit_callbacks.checkpointing import export_weights, load_exported, local
 from lit_transformer.commands.checkpoints import load_checkpoint, locate
 from lit_transformer.commands.parser import CommandParser
 from lit_transformer.convert import save_hugging_face
+from lit_transformer.data import LanguageModelingData, MaskedLanguageModelingData
 from lit_transformer.data.tokenizer import ByteTokenizer
 from lit_transformer.errors import UsageError
 from lit_transformer.nn import MaskedTransformer, Transformer, TransformerConfig
@@ -103,8 +104,8 @@ def export_as_theirs(checkpoint: dict[str, Any], folder: Path) -> None:
     try:
         with _appearing(folder) as whole:
             save_hugging_face(model, whole)
-            tokenizers = [state.get("tokenizer") for state in checkpoint.values() if isinstance(state, dict)]
-            for text in tokenizers:
+            for data in (LanguageModelingData, MaskedLanguageModelingData):
+                text = checkpoint.get(data.__qualname__, {}).get("tokenizer")
                 if text is not None and text != ByteTokenizer().to_json():
                     (whole / "tokenizer.json").write_text(text, encoding="utf-8")
     except ValueError as error:

@@ -42,8 +42,10 @@ class FitReport(Callback):
         if stage != "fit" or not isinstance(pl_module, LitTransformer) or not source or not batch_size:
             return
         length = getattr(data, "max_target_length", source)
+        if max(length, source) > pl_module.config.max_length:
+            return  # which the module refuses
         with trainer.precision_plugin.forward_context():
-            summary = summarize(pl_module.model, batch_size, min(length, pl_module.config.max_length), source)
+            summary = summarize(pl_module.model, batch_size, length, source)
         self._costs = summary.describe().partition("\n")[2]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -135,9 +137,9 @@ class FitReport(Callback):
         if isinstance(pl_module, LitPretrained):
             architecture = pl_module.architecture
             return f"{architecture['model_type']} for {pl_module.kind.replace('_', ' ')}"
-        config = getattr(pl_module, "config", None)
-        if config is None:
+        if not isinstance(pl_module, LitTransformer):
             return "of its own kind"
+        config = pl_module.config
         layers = f"{config.n_layers} + {config.decoder_layers}" if pl_module.kind == "seq2seq" else config.n_layers
         return (
             f"{layers} layers x {config.d_model}, {config.n_heads} heads, {config.norm_placement}-norm, "

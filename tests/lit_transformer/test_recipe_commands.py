@@ -35,7 +35,16 @@ def call(tmp_path, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("config", shipped_configs(), ids=lambda path: path.stem)
+TASKS = [path for path in shipped_configs() if path.parent.name == "configs"]
+
+
+@pytest.mark.parametrize("size", ["small", "base"])
+def test_check_says_nothing_about_a_size_on_top(call, size):
+    code, out, _ = call("check", "--config", "gpt", "--config", f"size/{size}", "--data.init_args.files", "text.txt")
+    assert (code, out) == (0, "Nothing is wrong with this recipe that the rules know of.\n")
+
+
+@pytest.mark.parametrize("config", TASKS, ids=lambda path: path.stem)
 def test_check_says_nothing_about_what_is_shipped(call, config, tmp_path):
     words = []
     if config.stem == "finetune_classifier":

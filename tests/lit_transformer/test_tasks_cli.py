@@ -70,7 +70,7 @@ def test_a_masked_model_is_exported_as_bert(cli, tmp_path):
     out = fit(cli, "masked_lm", f"{like} {data}")
     assert "15 % of the tokens are to be guessed" in out
     assert "; guessing tokens by their frequency: " in out
-    cli("export --run a --to theirs --hugging_face true")
+    assert cli("export --run a --to theirs --hugging_face true").endswith("theirs: config.json, model.safetensors\n")
     model = hf.AutoModelForMaskedLM.from_pretrained("theirs")
     assert model.config.vocab_size == 257
     with pytest.raises(SystemExit):

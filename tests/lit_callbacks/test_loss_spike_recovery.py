@@ -124,12 +124,15 @@ def seen_and_passed_over(step, snapshot, micro=1):
 
 @SETTINGS
 @pytest.mark.parametrize("kind", ["nan_weight", "nan_optimizer_state"])
-def test_after_a_rollback_the_run_is_a_replay_without_what_was_seen_in_between(make_trainer, options, kind):
+def test_after_a_rollback_the_run_is_a_replay_without_what_was_seen_in_between(make_trainer, tmp_path, options, kind):
     micro = options.get("accumulate_grad_batches", 1)
     data, faults = {"n_samples": 50 * micro * 4}, [Fault(kind, step=27)]
     bad, recovery, trainer = fit(make_trainer, loader(**data), faults=faults, **spread(options))
     ((step, action),) = history(recovery)
-    late = 2 if "scaler" in options else 0  # a gradient that is not finite may be the scaler's search, but not for long
+    (event,) = events(tmp_path)
+    # A gradient that is not finite may be the scaler's search, but not for long. Whether attention lets a NaN through
+    # to the loss, where it is none, depends on the processor: torch's kernels with AVX-512 do not.
+    late = 2 if "scaler" in options and event["rule"] == "non_finite_gradient" else 0
     assert (step, action) == (27 + late + (kind == "nan_optimizer_state"), "rollback")
     passed_over = seen_and_passed_over(step, 21, micro)  # snapshots at 1, 11, 21; 22 is five before the fault
     good, _, clean = fit(make_trainer, loader(without=passed_over, **data), **spread(options))
@@ -189,9 +192,10 @@ def test_a_run_that_is_resumed_right_after_a_rollback_decides_as_the_other(make_
         return Continues(Tokens(320, faults={161: "spike", 241: "nan"}), batch_sampler=batches)
 
     torch.manual_seed(0)
-    initial, faults = TinyLM(lr=1e-3), [Fault(kind, step=27)]
+    initial, faults = TinyLM(lr=1e-3), [Fault(kind, step=27, where="head.weight")]
     whole, recovery, _ = fit(make_trainer, data(), Save(), module=copy.deepcopy(initial), faults=faults)
     resumed, module = LossSpikeRecovery(**QUICK), TinyLM(lr=1e-3)
+    assert history(recovery)[0][0] < 31
     trainer = make_trainer(max_epochs=1, callbacks=[resumed])
     trainer.fit(module, data(without=range(31)), ckpt_path=tmp_path / "31.ckpt", weights_only=True)
     assert_identical(snapshot(module, trainer), whole)
@@ -377,7 +381,8 @@ def test_events_and_metrics_tell_what_was_done(make_trainer, tmp_path):
     assert skip == {
         "step": 20, "event": "skip", "rule": "loss", "anomalies": 1, "lr_factor": 1.0, "sample_ids": [80, 81, 82, 83],
     }  # fmt: skip
-    assert (rollback["event"], rollback["rule"], rollback["to_step"]) == ("rollback", "non_finite_gradient", 32)
+    assert (rollback["event"], rollback["to_step"]) == ("rollback", 32)
+    assert rollback["rule"] in ("non_finite_loss", "non_finite_gradient")  # the processor's choice, see above
     assert "The weights go back to those of step 32." in rollback["text"]
     found = {key: value.item() for key, value in trainer.callback_metrics.items()}
     score = found.pop("loss_spike/score")

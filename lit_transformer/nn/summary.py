@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lit_transformer.nn.attention import CrossAttention, SelfAttention
 from lit_transformer.nn.classifier import DecoderClassifier, EncoderClassifier
-from lit_transformer.nn.transformer import EncoderDecoder, Stack
+from lit_transformer.nn.stack import Stack
+from lit_transformer.nn.transformer import EncoderDecoder
 
 _PARTS = ("cross_attention", "attention", "feed_forward", "head")
 

@@ -16,7 +16,7 @@ from lit_transformer.nn.beam_search import beam_search
 from lit_transformer.nn.flex import attend_blocks, window_blocks
 from lit_transformer.nn.init import initialize
 from lit_transformer.nn.positions import RotaryPositions, SinusoidalPositions
-from lit_transformer.nn.transformer import Stack
+from lit_transformer.nn.stack import Stack
 
 TINY = TransformerConfig(
     vocab_size=20, max_length=16, d_model=16, n_layers=2, n_heads=4,

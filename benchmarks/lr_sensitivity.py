@@ -50,7 +50,10 @@ def draw(results: dict[Recipe, list[float]], seeds: int) -> None:
     axes.set_xlabel("learning rate", fontsize=9, color="#333333")
     title = f"validation loss after 200 steps, nats per byte; seeds: {seeds}"
     axes.set_title(title, fontsize=9, color="#333333", loc="left")
-    axes.legend(title="mean above the best rate", alignment="left", frameon=False, fontsize=8, title_fontsize=8)
+    axes.legend(
+        title="mean above the best rate", loc="center right", bbox_to_anchor=(1.0, 0.7), alignment="left",
+        frameon=False, fontsize=8, title_fontsize=8,
+    )  # fmt: skip
     figure.savefig(OUT)
 
 

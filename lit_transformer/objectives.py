@@ -80,8 +80,8 @@ class Objective(nn.Module, ABC):
     def _mean(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
         """The mean loss of logits ``(N, C)`` by targets ``(N,)`` and weights ``(N,)``, over what counts."""
         logits = logits.float()
-        how = {"label_smoothing": self.label_smoothing, "reduction": "sum" if weights is None else "none"}
-        total = F.cross_entropy(logits, targets, **how)  # type: ignore[arg-type]
+        reduction = "sum" if weights is None else "none"
+        total = F.cross_entropy(logits, targets, reduction=reduction, label_smoothing=self.label_smoothing)
         if weights is None and not self.z_loss:
             return total / (targets != IGNORED).sum().clamp(min=1)
         counted = (targets != IGNORED).float() if weights is None else (targets != IGNORED) * weights

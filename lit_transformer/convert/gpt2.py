@@ -4,6 +4,7 @@ from typing import Any
 
 from lit_transformer.convert._names import UNSCALED, Entry, Weights, both, demand
 from lit_transformer.nn import Transformer, TransformerConfig
+from lit_transformer.nn.config import Activation
 
 MODEL = Transformer
 ARCHITECTURE = "GPT2LMHeadModel"
@@ -28,7 +29,7 @@ _THEIRS = {
     "tie_word_embeddings": True,
     "activation_function": ("gelu_new", "gelu", "relu", "silu"),
 }
-_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}
+_ACTIVATIONS: dict[str, Activation] = {"gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}
 
 
 def config_to_ours(theirs: dict[str, Any]) -> TransformerConfig:
@@ -42,7 +43,7 @@ def config_to_ours(theirs: dict[str, Any]) -> TransformerConfig:
         n_heads=theirs["n_head"],
         d_ff=theirs.get("n_inner"),
         norm_eps=theirs.get("layer_norm_epsilon", 1e-5),
-        activation=_ACTIVATIONS[theirs.get("activation_function", "gelu_new")],  # type: ignore[arg-type]
+        activation=_ACTIVATIONS[theirs.get("activation_function", "gelu_new")],
         attention_dropout=theirs.get("attn_pdrop", 0.1),
         ffn_dropout=0.0,
         residual_dropout=theirs.get("resid_pdrop", 0.1),

@@ -18,7 +18,7 @@ from lit_transformer.data.loader import Batch, Samples
 from lit_transformer.data.order import Ids
 from lit_transformer.data.ragged import Ragged
 from lit_transformer.data.resumable import ResumableData
-from lit_transformer.data.tables import read_table
+from lit_transformer.data.tables import read_tables
 from lit_transformer.errors import UsageError
 
 _PACKAGES = 8
@@ -124,7 +124,7 @@ class ClassificationData(ResumableData):
         self._check_settings(max_length=1, bpe_vocab_size=257)
         self.max_length = max_length
         self.fractions = {"validation": val_fraction, "test": test_fraction}
-        self._splits: dict[str, LabelledTexts] = {}  # type: ignore[assignment]
+        self._splits: dict[str, LabelledTexts] = {}
         self._digest = ""
         self._cut = 0
 
@@ -158,10 +158,7 @@ class ClassificationData(ResumableData):
             packages = largest_packages(documents, _PACKAGES)
             splits = split_packages(documents, packages, self.fractions)
             return {name: functions(part, packages) for name, part in splits.items()}
-        columns = self.hparams["text_column"], self.hparams["label_column"]
-        given = {"train": self.hparams["files"], "validation": self.hparams["val_files"]}
-        given["test"] = self.hparams["test_files"]
-        found = {name: read_table(files, *columns) for name, files in given.items() if files is not None}
+        found = read_tables(self.hparams, "text_column", "label_column")
         held_out = {name: fraction for name, fraction in self.fractions.items() if name not in found}
         return found | stratified(found["train"], held_out, self._stream.seed)
 

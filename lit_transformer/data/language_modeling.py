@@ -86,7 +86,7 @@ class LanguageModelingData(ResumableData):
         self.save_hyperparameters(logger=False, frame=inspect.currentframe())
         self._check_settings(bpe_vocab_size=257, block_size=1)
         self.block_size = block_size
-        self._splits: dict[str, Blocks] = {}  # type: ignore[assignment]
+        self._splits: dict[str, Blocks] = {}
         self._recipe = Recipe(files, val_files, test_files, val_fraction, test_fraction, tokenizer, bpe_vocab_size)
         self._tokenizer = _untrained(tokenizer)
         self._prepared: Prepared | None = None

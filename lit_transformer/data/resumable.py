@@ -32,7 +32,7 @@ class ResumableData(LightningDataModule):
         super().__init__()
         self.batch_size = batch_size
         self._stream = SampleStream(seed)
-        self._splits: dict[str, Samples] = {}
+        self._splits: dict[str, Any] = {}  # of Samples; a subclass says which
         self._loaded: dict[str, Any] | None = None
         self._loaders: WeakSet[TrainingLoader | EvaluationLoader] = WeakSet()
 

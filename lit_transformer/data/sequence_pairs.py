@@ -20,7 +20,7 @@ from lit_transformer.data.order import Ids
 from lit_transformer.data.ragged import Ragged
 from lit_transformer.data.resumable import ResumableData
 from lit_transformer.data.splits import split_documents
-from lit_transformer.data.tables import read_table
+from lit_transformer.data.tables import read_tables
 from lit_transformer.errors import UsageError
 from lit_transformer.objectives import IGNORED
 
@@ -129,7 +129,7 @@ class SequencePairData(ResumableData):
         self._check_settings(max_length=1, max_target_length=2, bpe_vocab_size=257)
         self.max_length, self.max_target_length = max_length, max_target_length
         self.fractions = {"validation": val_fraction, "test": test_fraction}
-        self._splits: dict[str, TextPairs] = {}  # type: ignore[assignment]
+        self._splits: dict[str, TextPairs] = {}
         self._digest = ""
         self._cut = {"sources": 0, "targets": 0}
 
@@ -158,11 +158,7 @@ class SequencePairData(ResumableData):
         if self.hparams["files"] is None:
             documents = corpus.read(corpus.standard_library(), leave_out_others=True)
             return {name: docstrings(part) for name, part in split_documents(documents, self.fractions).items()}
-        columns = self.hparams["source_column"], self.hparams["target_column"]
-        given = {"train": self.hparams["files"], "validation": self.hparams["val_files"]}
-        given["test"] = self.hparams["test_files"]
-        settings = "source_column and target_column"
-        found = {name: read_table(files, *columns, settings) for name, files in given.items() if files is not None}
+        found = read_tables(self.hparams, "source_column", "target_column")
         held_out = {name: fraction for name, fraction in self.fractions.items() if name not in found}
         return found | _held_out(found["train"], held_out, self._stream.seed)
 

@@ -1,5 +1,6 @@
 """Columns of files, read by Hugging Face's ``datasets``."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from lit_transformer.data.corpus import find
@@ -39,6 +40,23 @@ def read_table(
             if value in (None, ""):
                 raise UsageError(f"expected a value in each column, got no {name!r} in row {number} of {paths[0]}")
     return [(str(first), str(second)) for first, second in rows]
+
+
+def read_tables(settings: Mapping[str, Any], first: str, second: str) -> dict[str, list[tuple[str, str]]]:
+    """The training, validation and test rows that have files of their own.
+
+    Args:
+        settings: ``files``, ``val_files`` and ``test_files``, and the names of two columns.
+        first: Which setting names the first column.
+        second: Which the second.
+    """
+    given = {"train": settings["files"], "validation": settings["val_files"], "test": settings["test_files"]}
+    columns = settings[first], settings[second]
+    return {
+        split: read_table(files, *columns, f"{first} and {second}")
+        for split, files in given.items()
+        if files is not None
+    }
 
 
 def _load(paths: list[str], ending: str) -> Any:

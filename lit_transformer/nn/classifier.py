@@ -91,6 +91,7 @@ class DecoderClassifier(Decoder):
         self.dropout = nn.Dropout(config.residual_dropout)
         self.head: nn.Linear = _make_head(config, num_labels)
 
+    # A classifier has no past to go on from, which a decoder's second argument is.
     def forward(self, ids_BT: Tensor, real_BT: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Logits of the classes."""
         logits_BC: Tensor = self.head(self.dropout(pool(self.states(ids_BT), real_BT, self.pooling)))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lit_transformer.data import LanguageModelingData
 from lit_transformer.nn import Transformer, TransformerConfig
 from lit_transformer.nn.attention import SelfAttention
+from lit_transformer.optim import WarmupCosine
 
 OUT = Path(__file__).parents[1] / "docs" / "norm_placement.png"
 SEEDS = (0, 1, 2)
@@ -109,16 +110,6 @@ def watch_logits(model: Transformer, largest: list[float]) -> None:
             module.register_forward_pre_hook(look)
 
 
-def rate(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then constant, or a cosine down to a tenth."""
-    if step < recipe.warmup:
-        return recipe.lr * (step + 1) / recipe.warmup
-    if not recipe.decays:
-        return recipe.lr
-    progress = (step - recipe.warmup) / (recipe.steps - recipe.warmup)
-    return recipe.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
-
-
 def nats(model: Transformer, batch: dict[str, Tensor]) -> Tensor:
     """The mean loss of a batch."""
     return nn.functional.cross_entropy(model(batch["input_ids"]).flatten(0, 1), batch["targets"].flatten())
@@ -130,10 +121,11 @@ def train(recipe: Recipe, seed: int, data: LanguageModelingData) -> Run:
     model, run = build(recipe), Run()
     if recipe.layers == 4:
         watch_logits(model, run.logits)
+    schedule = WarmupCosine(recipe.warmup, min_lr_ratio=0.1 if recipe.decays else 1.0)
     optimizer = torch.optim.AdamW(model.parameters(), betas=recipe.betas, weight_decay=0.0)
     for step, batch in zip(range(recipe.steps), data.train_dataloader(), strict=False):
         for group in optimizer.param_groups:
-            group["lr"] = rate(recipe, step)
+            group["lr"] = recipe.lr * schedule.multiplier(step, recipe.steps)
         run.logits.append(0.0)
         loss = nats(model, batch)
         optimizer.zero_grad()

@@ -1,9 +1,13 @@
 """A tiny language model, data with faults in it, and a logger that remembers: what the tests of both packages share."""
 
 import copy
+import json
 import logging
 import math
+import os
 import re
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import lightning.pytorch
@@ -186,3 +190,15 @@ def assert_identical(actual, expected):
     for a, b in zip(actual[1], expected[1], strict=True):
         torch.testing.assert_close(a["state"], b["state"], rtol=0, atol=0)
         assert a["param_groups"] == b["param_groups"]
+
+
+def two_ranks(worker, out, name, *arguments, timeout=240):
+    """What two gloo processes of a script found, each in ``<name>_<rank>.json`` of the folder it is given."""
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    run = subprocess.run(
+        [*command, worker, out, *arguments], env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    found = [out / f"{name}_{rank}.json" for rank in range(2)]
+    assert all(path.exists() for path in found), run.stderr[-4000:]
+    return [json.loads(path.read_text()) for path in found]

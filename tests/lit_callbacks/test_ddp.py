@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,12 +24,7 @@ WORKER = Path(__file__).with_name("ddp_worker.py")
 def ranks(tmp_path_factory):
     """What the two processes found, and the folder their runs lie in."""
     out = tmp_path_factory.mktemp("ddp")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    run = subprocess.run([*launcher, WORKER, out], env=environment, capture_output=True, text=True, timeout=120)
-    found = [out / f"rank_{rank}.json" for rank in range(2)]
-    assert all(path.exists() for path in found), run.stderr[-4000:]
-    return [json.loads(path.read_text()) for path in found], out
+    return helpers.two_ranks(WORKER, out, "rank"), out
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])

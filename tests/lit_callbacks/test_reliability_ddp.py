@@ -1,8 +1,5 @@
 """On two ranks: what is resumed is the same run, one rank's signal stops both, one rank's full disk hangs nobody."""
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,21 +9,11 @@ sys.path.append(str(Path(__file__).parent))
 
 from reliability_worker import CORNERS, REST
 
+from helpers import two_ranks
+
 
 def launch(worker, out, name, *arguments):
-    """What the two processes found."""
-    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    run = subprocess.run(
-        [*launcher, Path(__file__).with_name(worker), out, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    found = [out / f"{name}_{rank}.json" for rank in range(2)]
-    assert all(path.exists() for path in found), run.stderr[-4000:]
-    return [json.loads(path.read_text()) for path in found]
+    return two_ranks(Path(__file__).with_name(worker), out, name, *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,8 @@ import copy
 import functools
 import json
 import math
-import os
 import pickle
 import struct
-import subprocess
 import sys
 from collections import UserDict, namedtuple
 from pathlib import Path
@@ -781,12 +779,7 @@ def test_a_rehearsal_with_the_recommended_callbacks(make_trainer, package, modul
 
 @pytest.mark.slow
 def test_faults_of_one_rank_and_of_all(tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    run = subprocess.run([*launcher, __file__, tmp_path], env=environment, capture_output=True, text=True, timeout=120)
-    found = [tmp_path / f"rank_{rank}.json" for rank in range(2)]
-    assert all(path.exists() for path in found), run.stderr[-4000:]
-    rank_0, rank_1 = [json.loads(path.read_text()) for path in found]
+    rank_0, rank_1 = helpers.two_ranks(__file__, tmp_path, "rank")
     assert rank_0["fired"] == {"nan_loss": 0, "nan_gradient": 0, "shuffled_labels": 1, "bit_flip": 1}
     assert rank_1["fired"] == {"nan_loss": 1, "nan_gradient": 1, "shuffled_labels": 1, "bit_flip": 1}
     for rank in (rank_0, rank_1):

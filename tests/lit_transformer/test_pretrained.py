@@ -1,8 +1,5 @@
 """Hugging Face models under our recipe: the same logits and loss as theirs, phases, LoRA, export."""
 
-import json
-import os
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -19,7 +16,7 @@ sys.path.append(str(Path(__file__).parent))
 
 from fine_tuning_worker import fine_tune, samples
 
-from helpers import make_trainer
+from helpers import make_trainer, two_ranks
 from hf_models import save_bert, save_bert_for, save_gpt2, save_t5
 from lit_callbacks import ExactResume, GradualUnfreezing, VerifiedCheckpoint
 from lit_transformer import ClassificationData, LitPretrained, Lora, ParamGroups, WarmupLinear
@@ -104,15 +101,8 @@ def test_exactly_the_parameters_of_a_stage_move_also_when_resumed_in_it(folders,
 
 
 def test_two_ranks_fine_tune_what_one_process_does_also_when_resumed_in_each_stage(folders, tmp_path):
-    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    worker = Path(__file__).with_name("fine_tuning_worker.py")
-    run = subprocess.run(
-        [*launcher, worker, folders["bert"], tmp_path], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
     alone = fine_tune(folders["bert"], tmp_path / "alone", 8).state_dict()
-    ranks = [json.loads((tmp_path / f"fine_{rank}.json").read_text()) for rank in range(2)]
+    ranks = two_ranks(Path(__file__).with_name("fine_tuning_worker.py"), tmp_path, "fine", folders["bert"])
     assert ranks[0] == ranks[1]
     found = ranks[0]
     assert "ddp_find_unused_parameters_true" in found.pop("refused")

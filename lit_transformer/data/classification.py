@@ -50,6 +50,10 @@ class LabelledTexts(Samples):
             "sample_ids": torch.tensor(ids),
         }
 
+    def lengths(self) -> Ids:
+        """Tokens of each text, ``(n, 1)``."""
+        return self.texts.lengths()[:, None]
+
     def digest(self) -> str:
         """SHA-256 of tokens and classes."""
         return hashlib.sha256(self.texts.digest().encode() + self.targets.tobytes()).hexdigest()
@@ -78,6 +82,10 @@ class ClassificationData(ResumableData):
         bpe_vocab_size: Tokens to learn when ``tokenizer`` is ``"bpe"``.
         max_length: Longer texts are cut off; how many is reported.
         batch_size: Samples in a batch of one device.
+        group_by_length: Put samples of like length into a batch, which saves most of the padding. A run is then resumed
+            with the same global batch size only.
+        max_tokens: Likewise, but fill a training batch of one device up to so many tokens, padding counted; then
+            ``batch_size`` is that of evaluation alone.
         num_workers: Loader processes; 0 is fastest here.
         prefetch_factor: Batches each worker reads ahead.
         persistent_workers: Keep workers over epochs.
@@ -112,16 +120,18 @@ class ClassificationData(ResumableData):
         bpe_vocab_size: int = 4096,
         max_length: int = 256,
         batch_size: int = 32,
+        group_by_length: bool = False,
+        max_tokens: int | None = None,
         num_workers: int = 0,
         prefetch_factor: int | None = None,
         persistent_workers: bool = False,
         pin_memory: bool | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(batch_size, seed)
+        super().__init__(batch_size, seed, group_by_length, max_tokens)
         # As in LanguageModelingData: Lightning's own look at the frame leaves a cycle.
         self.save_hyperparameters(logger=False, frame=inspect.currentframe())
-        self._check_settings(max_length=1, bpe_vocab_size=257)
+        self._check_settings(max_length=1, max_tokens=1, bpe_vocab_size=257)
         self.max_length = max_length
         self.fractions = {"validation": val_fraction, "test": test_fraction}
         self._splits: dict[str, LabelledTexts] = {}
@@ -179,7 +189,7 @@ class ClassificationData(ResumableData):
         source = "functions of the standard library of Python" if self.hparams["files"] is None else "files"
         sizes = ", ".join(f"{name} {len(texts):,}" for name, texts in self._splits.items())
         cut = f"; {self._cut:,} texts cut off at {self.max_length} tokens" if self._cut else ""
-        return f"{source}, {len(self.labels)} classes, samples: {sizes}{cut}"
+        return f"{source}, {len(self.labels)} classes, samples: {sizes}{cut}\n{self._padding()}"
 
     def setup(self, stage: str | None = None) -> None:
         """Tokenise; a second call changes nothing."""
@@ -197,7 +207,7 @@ class ClassificationData(ResumableData):
                 self._splits[name] = texts = LabelledTexts(name, tokens, targets, self.encoder.pad_id)
                 if name == "train":
                     self._digest = texts.digest()
-        self._stream_over(len(self._splits["train"]))
+        self._stream_over(self._splits["train"])
 
     def _meaning(self) -> dict[str, Any]:
         return {"seed": self._stream.seed, "digest": self._digest}

@@ -152,7 +152,7 @@ class LanguageModelingData(ResumableData):
                     )
                 self._splits[name] = self._blocks(prepared.folder / f"{name}.npy")
             self._prepared = prepared
-        self._stream_over(len(self._splits["train"]))
+        self._stream_over(self._splits["train"])
 
     def _blocks(self, path: Path) -> Blocks:
         return Blocks(path, self.block_size)

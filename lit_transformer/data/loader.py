@@ -35,6 +35,10 @@ class Samples(Dataset[Batch], ABC):
     @abstractmethod
     def __getitems__(self, ids: Ids) -> Batch: ...
 
+    @abstractmethod
+    def lengths(self) -> Ids:
+        """Tokens of each of the sequences of a sample, ``(len(self), sequences)``."""
+
     def augment(self, batch: Batch, draws: Ids) -> Batch:
         """What is different each time a sample is drawn; in the process that trains.
 
@@ -69,6 +73,10 @@ class Blocks(Samples):
     def __len__(self) -> int:
         return len(self._windows)
 
+    def lengths(self) -> Ids:
+        """All blocks are as long."""
+        return np.broadcast_to(np.int64(self.block_size), (len(self), 1))
+
     def counts(self, size: int) -> NDArray[np.int64]:
         """How often each of ``size`` token ids occurs."""
         return np.bincount(self._tokens, minlength=size)
@@ -102,30 +110,34 @@ def _data_loader(samples: Samples, batches: Iterable[Ids], options: dict[str, An
 class _Draws:
     """The batch sampler of training: draws ahead of the consumer, and remembers where in the stream it drew."""
 
-    def __init__(self, stream: SampleStream, size: int, share: slice) -> None:
-        self.stream, self.size, self.share = stream, size, share
+    def __init__(self, stream: SampleStream, size: int, rank: int, world_size: int) -> None:
+        self.stream, self.size, self.rank, self.ranks = stream, size * world_size, rank, world_size
         self.count = 0
         self.indices: deque[Ids] = deque()
 
     def __iter__(self) -> Iterator[Ids]:
         self.indices.clear()
-        for ids, indices in islice(self.stream.batches(self.size), self.count):
+        for ids, indices in islice(self.stream.batches(self.size, self.ranks), self.count):
             self.indices.append(indices)
-            yield ids[self.share]
+            yield self.share(ids)
+
+    def share(self, batch: Ids) -> Ids:
+        """What is this rank's of a global batch."""
+        return batch[len(batch) * self.rank // self.ranks : len(batch) * (self.rank + 1) // self.ranks]
 
 
 class TrainingLoader:
     """One epoch of training batches after another, from one endless stream.
 
-    A global batch is the next ``batch_size * world_size`` samples of the stream; rank ``r`` takes the ``r``-th part of
-    it. Iterating yields ``len(self)`` batches from wherever the stream stands at the first of them, and an abandoned
+    A global batch is what the stream gives for ``batch_size * world_size``; rank ``r`` takes the ``r``-th part of it.
+    Iterating yields ``len(self)`` batches from wherever the stream stands at the first of them, and an abandoned
     iteration is continued by the next. A plain iterable, because Lightning re-creates a ``DataLoader`` with a sampler
     of its own.
 
     Args:
         samples: The training samples.
         stream: Order and position, shared with the data module.
-        batch_size: Samples in a batch of one rank.
+        batch_size: Samples, or tokens if the stream counts these, in a batch of one rank.
         rank: Index of this process among those that see different data.
         world_size: How many such processes there are.
         **options: Passed to the inner ``DataLoader``: workers, prefetching, pinning.
@@ -146,8 +158,7 @@ class TrainingLoader:
         **options: Any,
     ) -> None:
         self.stream, self.dataset = stream, samples
-        share = slice(rank * batch_size, (rank + 1) * batch_size)
-        self._draws = _Draws(stream, batch_size * world_size, share)
+        self._draws = _Draws(stream, batch_size, rank, world_size)
         self._inner = _data_loader(samples, self._draws, options)
 
     def __len__(self) -> int:
@@ -162,7 +173,7 @@ class TrainingLoader:
                 indices = self._draws.indices.popleft()
                 self.stream.position = int(indices[-1]) + 1
                 left -= 1
-                yield self.dataset.augment(batch, indices[self._draws.share])
+                yield self.dataset.augment(batch, self._draws.share(indices))
                 if self.stream.version != version:
                     break
 

@@ -104,7 +104,15 @@ class SampleStream:
         self.excluded: Ids = np.empty(0, dtype=np.int64)
         self.version = 0
 
-    def batches(self, size: int) -> Iterator[tuple[Ids, Ids]]:
+    def over(self, lengths: Ids) -> None:
+        """Say how many samples there are: as many as lengths."""
+        self.n = len(lengths)
+
+    def describe(self, size: int) -> str:
+        """What a place depends on, beside the seed and the samples."""
+        return "random"
+
+    def batches(self, size: int, ranks: int = 1) -> Iterator[tuple[Ids, Ids]]:
         """Yield batches of ids from the present position on, and the stream index of each. Moves nothing."""
         start = self.position
         ids = indices = np.empty(0, dtype=np.int64)

@@ -32,6 +32,10 @@ class Ragged:
     def __getitem__(self, i: int) -> NDArray[Any]:
         return self._tokens[self._ends[i] : self._ends[i + 1]]
 
+    def lengths(self) -> NDArray[np.int64]:
+        """How long each row is."""
+        return np.diff(self._ends)
+
     def pad(self, places: Ids, value: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Some rows, filled up with a value to the longest of them, and 1 where they are themselves.
 

@@ -2,12 +2,14 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 from weakref import WeakSet
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
+from lit_transformer.data.grouped import GroupedStream, padding
 from lit_transformer.data.loader import Batch, EvaluationLoader, Samples, TrainingLoader
 from lit_transformer.data.order import SampleStream
 from lit_transformer.errors import UsageError
@@ -23,15 +25,21 @@ class ResumableData(LightningDataModule):
     Args:
         batch_size: Samples in a batch of one device.
         seed: Seed of the sample order.
+        group_by_length: Samples of like length together.
+        max_tokens: Likewise, and as many as fit into so many tokens in a batch of one device, padding counted; then
+            ``batch_size`` is that of evaluation alone.
 
     State: the position in the stream, the excluded samples, and what these refer to. The loader that Lightning sees
     saves the same position from the same place.
     """
 
-    def __init__(self, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, batch_size: int, seed: int, group_by_length: bool = False, max_tokens: int | None = None
+    ) -> None:
         super().__init__()
-        self.batch_size = batch_size
-        self._stream = SampleStream(seed)
+        self.batch_size, self.max_tokens = batch_size, max_tokens
+        by_length = group_by_length or max_tokens is not None
+        self._stream = GroupedStream(seed, max_tokens is not None) if by_length else SampleStream(seed)
         self._splits: dict[str, Any] = {}  # of Samples; a subclass says which
         self._loaded: dict[str, Any] | None = None
         self._loaders: WeakSet[TrainingLoader | EvaluationLoader] = WeakSet()
@@ -62,7 +70,7 @@ class ResumableData(LightningDataModule):
     def batches_per_epoch(self, world_size: int = 1) -> int:
         """Return the length of the training loader for a number of devices that see different data; after setup."""
         self._require_setup()
-        return self._stream.batches_per_epoch(self.batch_size * world_size)
+        return self._stream.batches_per_epoch(self._training_size() * world_size)
 
     def sample_ids(self, batch: Batch) -> list[int]:
         """Return which training samples a batch is made of."""
@@ -85,12 +93,12 @@ class ResumableData(LightningDataModule):
     def fingerprint(self) -> dict[str, Any]:
         """Return what a position and sample ids refer to; after setup."""
         self._require_setup()
-        return self._meaning()
+        return self._meant()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the stream, the excluded samples, and what they refer to, as plain types."""
         self._require_setup()
-        return self._stream.state_dict() | self._meaning()
+        return self._stream.state_dict() | self._meant()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue a saved stream, before or after setup.
@@ -133,20 +141,40 @@ class ResumableData(LightningDataModule):
         if not self._stream.n:
             raise UsageError("the data has not been read yet: call setup() first, or pass the data module to a Trainer")
 
-    def _stream_over(self, n: int) -> None:
-        """Say how many training samples there are."""
-        self._stream.n = n
+    def _stream_over(self, samples: Samples) -> None:
+        """Say what the training samples are."""
+        lengths = samples.lengths()
+        if self.max_tokens is not None and (longest := int(lengths.sum(1).max())) > self.max_tokens:
+            raise UsageError(
+                f"expected max_tokens to be at least the longest sample's {longest} tokens, got {self.max_tokens}"
+            )
+        self._stream.over(lengths)
         if self._loaded is not None:
             self._check_meaning(self._loaded)
 
     def _check_meaning(self, state: dict[str, Any]) -> None:
-        for name, present in self._meaning().items():
+        state = {"batching": "random"} | state  # of before there were other ways
+        for name, present in self._meant().items():
             if (saved := state[name]) != present:
                 raise UsageError(
                     f"the checkpoint's place in the data is for {name}={saved!s:.64}, this data module has "
                     f"{name}={present!s:.64}: the same place would be other samples. Resume with the data settings of "
                     "the checkpoint, or start a new run from its weights alone."
                 )
+
+    def _meant(self) -> dict[str, Any]:
+        size = self._training_size() * self._rank_and_world_size()[1]
+        return self._meaning() | {"batching": self._stream.describe(size)}
+
+    def _training_size(self) -> int:
+        """Samples, or tokens, in a training batch of one device."""
+        return self.batch_size if self.max_tokens is None else self.max_tokens
+
+    def _padding(self) -> str:
+        """How much of the next training batches is padding, for people."""
+        batches = (ids for ids, _ in self._stream.batches(self._training_size()))
+        share = padding(self._splits["train"].lengths(), islice(batches, min(200, self.batches_per_epoch())))
+        return f"{share:.0%} of the tokens in training batches are padding"
 
     def _is_evaluating(self) -> bool:
         if self.trainer is None:
@@ -159,7 +187,7 @@ class ResumableData(LightningDataModule):
         if getattr(self.trainer, "overfit_batches", 0):
             return self._evaluation_loader(samples)
         loader = TrainingLoader(
-            samples, self._stream, self.batch_size, *self._rank_and_world_size(), **self._loader_options()
+            samples, self._stream, self._training_size(), *self._rank_and_world_size(), **self._loader_options()
         )
         self._loaders.add(loader)
         return loader

@@ -55,6 +55,10 @@ class TextPairs(Samples):
             "sample_ids": torch.tensor(ids),
         }
 
+    def lengths(self) -> Ids:
+        """Tokens of each source and target, ``(n, 2)``."""
+        return np.stack([self.sources.lengths(), self.targets.lengths()], axis=1)
+
     def digest(self) -> str:
         """SHA-256 of all tokens."""
         return hashlib.sha256(f"{self.sources.digest()} {self.targets.digest()}".encode()).hexdigest()
@@ -83,6 +87,10 @@ class SequencePairData(ResumableData):
         max_length: Longer sources are cut off; how many is reported.
         max_target_length: Longer targets are cut off, the token that ends them counted; how many is reported.
         batch_size: Pairs in a batch of one device.
+        group_by_length: Put pairs of like length into a batch, which saves most of the padding. A run is then resumed
+            with the same global batch size only.
+        max_tokens: Likewise, but fill a training batch of one device up to so many tokens, padding counted; then
+            ``batch_size`` is that of evaluation alone.
         num_workers: Loader processes; 0 is fastest here.
         prefetch_factor: Batches each worker reads ahead.
         persistent_workers: Keep workers over epochs.
@@ -117,16 +125,18 @@ class SequencePairData(ResumableData):
         max_length: int = 256,
         max_target_length: int = 64,
         batch_size: int = 32,
+        group_by_length: bool = False,
+        max_tokens: int | None = None,
         num_workers: int = 0,
         prefetch_factor: int | None = None,
         persistent_workers: bool = False,
         pin_memory: bool | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(batch_size, seed)
+        super().__init__(batch_size, seed, group_by_length, max_tokens)
         # As in LanguageModelingData: Lightning's own look at the frame leaves a cycle.
         self.save_hyperparameters(logger=False, frame=inspect.currentframe())
-        self._check_settings(max_length=1, max_target_length=2, bpe_vocab_size=257)
+        self._check_settings(max_length=1, max_tokens=1, max_target_length=2, bpe_vocab_size=257)
         self.max_length, self.max_target_length = max_length, max_target_length
         self.fractions = {"validation": val_fraction, "test": test_fraction}
         self._splits: dict[str, TextPairs] = {}
@@ -181,7 +191,7 @@ class SequencePairData(ResumableData):
         source = "functions of the standard library of Python" if self.hparams["files"] is None else "files"
         sizes = ", ".join(f"{name} {len(pairs):,}" for name, pairs in self._splits.items())
         cut = ", ".join(f"{count:,} {side}" for side, count in self._cut.items() if count)
-        return f"{source}, pairs: {sizes}" + (f"; cut off: {cut}" if cut else "")
+        return f"{source}, pairs: {sizes}" + (f"; cut off: {cut}" if cut else "") + f"\n{self._padding()}"
 
     def setup(self, stage: str | None = None) -> None:
         """Tokenise; a second call changes nothing."""
@@ -197,7 +207,7 @@ class SequencePairData(ResumableData):
                 self._splits[name] = texts = TextPairs(name, sources, targets, self.encoder.pad_id)
                 if name == "train":
                     self._digest = texts.digest()
-        self._stream_over(len(self._splits["train"]))
+        self._stream_over(self._splits["train"])
 
     def _meaning(self) -> dict[str, Any]:
         return {"seed": self._stream.seed, "digest": self._digest, "tokenizer": self.encoder.to_json()}

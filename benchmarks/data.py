@@ -1,6 +1,7 @@
-"""Tokens a second from a memory-mapped array: our training loader, a plain DataLoader, and nanoGPT's get_batch.
+"""Tokens a second, and how many of them are padding.
 
-All sides run in turn in one process, without workers, and are measured in CPU time of the process.
+Blocks from a memory-mapped array: our training loader, a plain DataLoader, and nanoGPT's get_batch, in turn. Then
+texts of three distributions of lengths, in batches of 32 or of 32 x 256 tokens. One process, no workers, its CPU time.
 
     python benchmarks/data.py
 """
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lit_transformer.data.classification import LabelledTexts
+from lit_transformer.data.grouped import GroupedStream, padding
 from lit_transformer.data.loader import Blocks, TrainingLoader
 from lit_transformer.data.order import SampleStream
 
@@ -81,8 +84,37 @@ def measure(path: Path, batch_size: int) -> dict[str, float]:
     return {name: statistics.median(values[1:]) for name, values in rates.items()}
 
 
+def lengths(generator: np.random.Generator, *parts: tuple[float, float, int], longest: int) -> list[int]:
+    """Log-normal lengths: for each part its median, the standard deviation of the logarithm, and how many."""
+    drawn = [generator.lognormal(np.log(median), sigma, n) for median, sigma, n in parts]
+    return np.clip(np.concatenate(drawn), 1, longest).astype(int).tolist()  # type: ignore[no-any-return]
+
+
+def texts() -> None:
+    """Print the padding, and the tokens a second that are none, of each way to make batches."""
+    generator = np.random.default_rng(0)
+    distributions = {
+        "texts, median 180, at most 1024": lengths(generator, (180, 0.9, 20_000), longest=1024),
+        "chat, medians 60 and 600": lengths(generator, (60, 0.5, 10_000), (600, 0.5, 10_000), longest=1024),
+        "sentences, median 22, at most 128": lengths(generator, (22, 0.6, 20_000), longest=128),
+    }
+    ways = {"random": (None, 32), "group_by_length": (False, 32), "max_tokens": (True, 32 * 256)}
+    print(f"\n{'':>35}" + "".join(f"{name:>28}" for name in ways))
+    for name, found in distributions.items():
+        samples = LabelledTexts(name, [[1] * length for length in found], [0] * len(found), pad_id=0)
+        cells = []
+        for by_tokens, size in ways.values():
+            stream = SampleStream(0) if by_tokens is None else GroupedStream(0, by_tokens)
+            stream.over(samples.lengths())
+            loader = TrainingLoader(samples, stream, size)
+            start, drawn = time.process_time(), [batch["sample_ids"].numpy() for batch in loader]
+            rate = sum(found) / (time.process_time() - start)
+            cells.append(f"{padding(samples.lengths(), iter(drawn)):.1%} padding, {rate / 1e6:.0f} Mtok/s")
+        print(f"{name:>35}" + "".join(f"{cell:>28}" for cell in cells))
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     torch.set_num_threads(1)
     print(f"{platform.machine()}, {platform.system()}, torch {torch.__version__}, one thread, {TOKENS:,} uint16 tokens")
     print(f"{'batch':>18}" + "".join(f"{name:>18}" for name in SIDES) + f"{'x DataLoader':>18}{'x get_batch':>18}")
@@ -97,6 +129,7 @@ def main() -> None:
             ratios = [f"{us / loader:.1f}", f"{us / crops:.1f}"]
             cells = [f"{rate / 1e6:.0f} Mtok/s" for rate in rates.values()] + ratios
             print(f"{f'{batch_size} x {BLOCK}':>18}" + "".join(f"{cell:>18}" for cell in cells))
+    texts()
 
 
 if __name__ == "__main__":

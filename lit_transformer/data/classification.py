@@ -19,6 +19,7 @@ from lit_transformer.data.order import Ids
 from lit_transformer.data.ragged import Ragged
 from lit_transformer.data.resumable import ResumableData
 from lit_transformer.data.tables import read_tables
+from lit_transformer.data.token_dropout import check_rate, drop_tokens
 from lit_transformer.errors import UsageError
 
 _PACKAGES = 8
@@ -32,11 +33,24 @@ class LabelledTexts(Samples):
         ``(batch,)``, int64.
     """
 
-    def __init__(self, name: str, tokens: Sequence[Sequence[int]], targets: Sequence[int], pad_id: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        tokens: Sequence[Sequence[int]],
+        targets: Sequence[int],
+        pad_id: int,
+        token_dropout: float = 0.0,
+        seed: int = 0,
+    ) -> None:
         super().__init__(name)
+        self.token_dropout, self.seed = token_dropout, seed
         self.pad_id = pad_id
         self.targets = np.array(targets, dtype=np.int64)
         self.texts = Ragged(tokens)
+
+    def augment(self, batch: Batch, draws: Ids) -> Batch:
+        """Hide some tokens."""
+        return drop_tokens(batch, draws, self.token_dropout, self.seed)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -90,7 +104,8 @@ class ClassificationData(ResumableData):
         prefetch_factor: Batches each worker reads ahead.
         persistent_workers: Keep workers over epochs.
         pin_memory: Page-locked batches; if ``None``, when training on CUDA.
-        seed: Seed of the sample order, and of what is held out.
+        token_dropout: Share of the texts' tokens that are hidden from the model in training, others each time.
+        seed: Seed of the sample order, of what is held out, and of what is hidden.
 
     Shapes:
         See :class:`LabelledTexts`.
@@ -126,6 +141,7 @@ class ClassificationData(ResumableData):
         prefetch_factor: int | None = None,
         persistent_workers: bool = False,
         pin_memory: bool | None = None,
+        token_dropout: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, seed, group_by_length, max_tokens)
@@ -133,6 +149,7 @@ class ClassificationData(ResumableData):
         self.save_hyperparameters(logger=False, frame=inspect.currentframe())
         self._check_settings(max_length=1, max_tokens=1, bpe_vocab_size=257)
         self.max_length = max_length
+        check_rate(token_dropout)
         self.fractions = {"validation": val_fraction, "test": test_fraction}
         self._splits: dict[str, LabelledTexts] = {}
         self._digest = ""
@@ -194,6 +211,7 @@ class ClassificationData(ResumableData):
     def setup(self, stage: str | None = None) -> None:
         """Tokenise; a second call changes nothing."""
         if not self._splits:
+            dropout = self.hparams["token_dropout"]
             number = {label: i for i, label in enumerate(self.labels)}
             self.encoder.train(text for text, _ in self._samples["train"])
             for name, samples in self._samples.items():
@@ -204,13 +222,15 @@ class ClassificationData(ResumableData):
                 tokens, cut = self.encoder([text for text, _ in samples])
                 self._cut += cut
                 targets = [number[label] for _, label in samples]
-                self._splits[name] = texts = LabelledTexts(name, tokens, targets, self.encoder.pad_id)
+                self._splits[name] = texts = LabelledTexts(
+                    name, tokens, targets, self.encoder.pad_id, dropout if name == "train" else 0.0, self._stream.seed
+                )
                 if name == "train":
                     self._digest = texts.digest()
         self._stream_over(self._splits["train"])
 
     def _meaning(self) -> dict[str, Any]:
-        return {"seed": self._stream.seed, "digest": self._digest}
+        return {"seed": self._stream.seed, "token_dropout": self.hparams["token_dropout"], "digest": self._digest}
 
 
 def stratified(samples: list[Sample], fractions: dict[str, float], seed: int) -> dict[str, list[Sample]]:

@@ -155,7 +155,7 @@ class ResumableData(LightningDataModule):
     def _check_meaning(self, state: dict[str, Any]) -> None:
         state = {"batching": "random"} | state  # of before there were other ways
         for name, present in self._meant().items():
-            if (saved := state[name]) != present:
+            if (saved := state.get(name, present)) != present:  # what is absent was not there yet
                 raise UsageError(
                     f"the checkpoint's place in the data is for {name}={saved!s:.64}, this data module has "
                     f"{name}={present!s:.64}: the same place would be other samples. Resume with the data settings of "

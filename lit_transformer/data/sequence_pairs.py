@@ -21,6 +21,7 @@ from lit_transformer.data.ragged import Ragged
 from lit_transformer.data.resumable import ResumableData
 from lit_transformer.data.splits import split_documents
 from lit_transformer.data.tables import read_tables
+from lit_transformer.data.token_dropout import check_rate, drop_tokens
 from lit_transformer.errors import UsageError
 from lit_transformer.objectives import IGNORED
 
@@ -36,11 +37,22 @@ class TextPairs(Samples):
     """
 
     def __init__(
-        self, name: str, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], pad_id: int
+        self,
+        name: str,
+        sources: Sequence[Sequence[int]],
+        targets: Sequence[Sequence[int]],
+        pad_id: int,
+        token_dropout: float = 0.0,
+        seed: int = 0,
     ) -> None:
         super().__init__(name)
+        self.token_dropout, self.seed = token_dropout, seed
         self.pad_id, self._n = pad_id, len(sources)
         self.sources, self.targets = Ragged(sources), Ragged(targets)
+
+    def augment(self, batch: Batch, draws: Ids) -> Batch:
+        """Hide some tokens."""
+        return drop_tokens(batch, draws, self.token_dropout, self.seed)
 
     def __len__(self) -> int:
         return self._n
@@ -95,7 +107,8 @@ class SequencePairData(ResumableData):
         prefetch_factor: Batches each worker reads ahead.
         persistent_workers: Keep workers over epochs.
         pin_memory: Page-locked batches; if ``None``, when training on CUDA.
-        seed: Seed of the sample order, and of what is held out.
+        token_dropout: Share of the sources' tokens that are hidden from the model in training, others each time.
+        seed: Seed of the sample order, of what is held out, and of what is hidden.
 
     Shapes:
         See :class:`TextPairs`.
@@ -131,6 +144,7 @@ class SequencePairData(ResumableData):
         prefetch_factor: int | None = None,
         persistent_workers: bool = False,
         pin_memory: bool | None = None,
+        token_dropout: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, seed, group_by_length, max_tokens)
@@ -138,6 +152,7 @@ class SequencePairData(ResumableData):
         self.save_hyperparameters(logger=False, frame=inspect.currentframe())
         self._check_settings(max_length=1, max_tokens=1, max_target_length=2, bpe_vocab_size=257)
         self.max_length, self.max_target_length = max_length, max_target_length
+        check_rate(token_dropout)
         self.fractions = {"validation": val_fraction, "test": test_fraction}
         self._splits: dict[str, TextPairs] = {}
         self._digest = ""
@@ -196,6 +211,7 @@ class SequencePairData(ResumableData):
     def setup(self, stage: str | None = None) -> None:
         """Tokenise; a second call changes nothing."""
         if not self._splits:
+            dropout = self.hparams["token_dropout"]
             self.encoder.train(text for pair in self.samples["train"] for text in pair)
             for name, pairs in self.samples.items():
                 if not pairs:
@@ -204,13 +220,20 @@ class SequencePairData(ResumableData):
                 targets, targets_too_long = self.encoder.ended([target for _, target in pairs], self.max_target_length)
                 self._cut["sources"] += too_long
                 self._cut["targets"] += targets_too_long
-                self._splits[name] = texts = TextPairs(name, sources, targets, self.encoder.pad_id)
+                self._splits[name] = texts = TextPairs(
+                    name, sources, targets, self.encoder.pad_id, dropout if name == "train" else 0.0, self._stream.seed
+                )
                 if name == "train":
                     self._digest = texts.digest()
         self._stream_over(self._splits["train"])
 
     def _meaning(self) -> dict[str, Any]:
-        return {"seed": self._stream.seed, "digest": self._digest, "tokenizer": self.encoder.to_json()}
+        return {
+            "seed": self._stream.seed,
+            "token_dropout": self.hparams["token_dropout"],
+            "digest": self._digest,
+            "tokenizer": self.encoder.to_json(),
+        }
 
 
 def _held_out(pairs: list[Sample], fractions: dict[str, float], seed: int) -> dict[str, list[Sample]]:

@@ -73,6 +73,8 @@ def beam_search(
             f"max_new_tokens={max_new_tokens} is above the model's max_length={model.config.max_length}; lower it"
         )
     n, device = len(source_BS), source_BS.device
+    if n == 0:
+        return []
     rows = torch.arange(n, device=device).repeat_interleave(beams)
     memory = model.encode(source_BS, real_BS)[rows]
     real = None if real_BS is None else real_BS[rows]

@@ -1,11 +1,18 @@
 """Batches of like length: every sample once an epoch, exact from any place, little padding."""
 
 import csv
+import sys
 from itertools import chain, islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+sys.path.append(str(Path(__file__).parent))
+
+from data_worker import WAYS, train
+
+from helpers import two_ranks
 from lit_transformer import ClassificationData, SequencePairData
 from lit_transformer.data.grouped import GroupedStream, padding
 from lit_transformer.data.loader import TrainingLoader
@@ -169,3 +176,14 @@ def test_what_is_wrong(files):
         other.load_state_dict(first.state_dict())
     with pytest.raises(UsageError, match="batching=random, this data module has batching=4 samples"):
         other.load_state_dict(plain.state_dict())
+
+
+def test_two_ranks_train_on_what_one_does_and_resume(files, tmp_path):
+    ranks = two_ranks(Path(__file__).with_name("data_worker.py"), tmp_path, "data", files)
+    for way in WAYS:
+        alone = train(files, tmp_path / f"{way}_alone", way, 45)
+        together = [a + b for a, b in zip(*(rank[way]["whole"] for rank in ranks), strict=True)]
+        assert together == alone
+        for rank in ranks:
+            assert rank[way]["resumed"] == rank[way]["whole"][20:]
+        assert all(rank[way]["whole"][40] for rank in ranks)

@@ -125,3 +125,8 @@ def test_greedy_takes_the_likeliest_token():
         assert EOS not in text[:-1]
     with pytest.raises(ValueError, match="beams and max_new_tokens must be at least 1, got 0 and 3"):
         beam_search(ours, ids, bos_id=BOS, eos_id=EOS, max_new_tokens=3, beams=0)
+
+
+def test_no_source_no_text():
+    _, ours = bart()
+    assert beam_search(ours, torch.zeros(0, 3, dtype=torch.long), bos_id=BOS, eos_id=EOS, max_new_tokens=3) == []

@@ -1,0 +1,61 @@
+"""Run by test_data_grouped.py in two processes, and imported by it: what is trained on, also when resumed."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import datasets
+import torch
+from lightning.pytorch import Callback
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from helpers import make_trainer
+from lit_callbacks import ExactResume, VerifiedCheckpoint
+from lit_transformer import ClassificationData, LitClassifier, TransformerConfig
+
+WAYS = {"group_by_length": {"group_by_length": True}, "max_tokens": {}}
+
+
+class Seen(Callback):
+    """The samples of each batch."""
+
+    def __init__(self):
+        self.ids = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.ids.append(batch["sample_ids"].tolist())
+
+
+def train(files, folder, way, steps, resume=None, **settings):
+    """The samples of each step, on this rank."""
+    ranks = settings.get("devices", 1)
+    sizes = {"batch_size": 8 // ranks} if way == "group_by_length" else {"max_tokens": 400 // ranks}
+    data = ClassificationData(files=files, token_dropout=0.1, **WAYS[way], **sizes)
+    config = TransformerConfig(d_model=16, n_layers=1, n_heads=2, max_length=256)
+    torch.manual_seed(0)
+    task, seen = LitClassifier(config, num_labels=2, schedule=None), Seen()
+    checkpoint = VerifiedCheckpoint(folder, "{step}", every_n_train_steps=5, save_top_k=-1)
+    trainer = make_trainer(
+        max_steps=steps, max_epochs=-1, enable_checkpointing=True, default_root_dir=folder, limit_val_batches=0,
+        callbacks=[ExactResume(), checkpoint, seen], **settings,
+    )  # fmt: skip
+    trainer.fit(task, datamodule=data, ckpt_path=resume)
+    return seen.ids
+
+
+def main(out, files):
+    """Write what this rank saw, uninterrupted and resumed."""
+    rank, found = int(os.environ["RANK"]), {}
+    datasets.config.HF_DATASETS_CACHE = out / f"cache_{rank}"
+    for way in WAYS:
+        folder = out / way
+        whole = train(files, folder, way, 45, strategy="ddp", devices=2)
+        resumed = train(files, out / f"{way}_2", way, 45, folder / "step=20.ckpt", strategy="ddp", devices=2)
+        found[way] = {"whole": whole, "resumed": resumed}
+    (out / f"data_{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

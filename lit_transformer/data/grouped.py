@@ -14,8 +14,8 @@ _BATCHES = 50  # in a mega-batch; as in Hugging Face's LengthGroupedSampler
 class GroupedStream(SampleStream):
     """Likewise endless, but samples that are about as long come together.
 
-    The order of an epoch is cut into mega-batches of some fifty batches. Each of these is sorted by length and cut into
-    batches, whose order is drawn. A place is one in the order that this makes, and a batch ends where its last sample
+    The order of an epoch is cut into mega-batches of some fifty batches. Each of these is cut into batches by length,
+    whose order is drawn. A place is one in the order that this makes, and a batch ends where its last sample
     does: what is excluded makes a batch smaller, and no batch holds samples of two. Every epoch has every sample once.
 
     Args:
@@ -80,26 +80,41 @@ class GroupedStream(SampleStream):
             mega = max(1, round(mega / self.lengths.sum(1).mean()))
         for start in range(offset // mega * mega, self.n, mega):
             ids = order(self.seed, epoch, self.n, np.arange(start, min(start + mega, self.n)))
-            ids = ids[np.argsort(self.lengths[ids].sum(1), kind="stable")]
-            batches = np.split(ids, self._cuts(self.lengths[ids], size))
+            batches = self._cut(ids, size)
             place = epoch * self.n + start
             drawn = noise(self.seed, np.array([place]), len(batches))[0]
             for i in np.argsort(drawn):
                 yield place + np.arange(len(batches[i])), batches[i]
                 place += len(batches[i])
 
-    def _cuts(self, lengths: Ids, size: int) -> list[int]:
-        """Where the second and later batches begin in samples that are sorted by length."""
-        n = len(lengths)
+    def _cut(self, ids: Ids, size: int) -> list[Ids]:
+        """The batches of a mega-batch."""
         if not self.by_tokens:
-            return [n * i // -(-n // size) for i in range(1, -(-n // size))]  # of nearly equal size
-        cuts, start, longest = [], 0, [0] * lengths.shape[1]
-        for i, length in enumerate(lengths.tolist()):
+            return list(self._alike(ids, -(-len(ids) // size)))
+        ids = np.concatenate(list(self._alike(ids, -(-int(self.lengths[ids].sum()) // size))))
+        cuts, start, longest = [], 0, [0] * self.lengths.shape[1]
+        for i, length in enumerate(self.lengths[ids].tolist()):
             longest = list(map(max, longest, length))
             if (i + 1 - start) * sum(longest) > size and i > start:
                 cuts.append(i)
                 start, longest = i, length
-        return cuts
+        return np.split(ids, cuts)
+
+    def _alike(self, ids: Ids, parts: int) -> Iterator[Ids]:
+        """As many parts of nearly equal size: halved, and halved again, by the sequence that is padded most.
+
+        Where a sample is one sequence, this sorts; where it is two, neither a sum nor one of both brings those together
+        that are alike in both.
+        """
+        lengths = self.lengths[ids]
+        ids = ids[np.argsort(lengths[:, (lengths.max(0) - lengths.mean(0)).argmax()], kind="stable")]
+        if parts == 1:
+            yield ids
+        else:
+            left = parts // 2
+            middle = len(ids) * left // parts
+            yield from self._alike(ids[:middle], left)
+            yield from self._alike(ids[middle:], parts - left)
 
 
 def padding(lengths: Ids, batches: Iterator[NDArray[np.int64]]) -> float:

@@ -74,6 +74,11 @@ def test_padding_is_below_seven_percent(median, sigma, cap):
         made = stream(by_tokens, lengths)
         batches = (ids for ids, _ in islice(made.batches(size), made.batches_per_epoch(size)))
         assert padding(lengths, batches) <= 0.07
+    other = np.clip(lengths[:, 0] * RNG.lognormal(0, 0.25, len(lengths)), 1, cap).astype(np.int64)  # of translations
+    pairs = np.stack([lengths[:, 0], other], axis=1)
+    made = stream(lengths=pairs)
+    batches = (ids for ids, _ in islice(made.batches(32), made.batches_per_epoch(32)))
+    assert padding(pairs, batches) < 0.16
     shuffled = np.array_split(RNG.permutation(len(lengths)), len(lengths) // 32)
     assert padding(lengths, iter(shuffled)) > 0.5
 

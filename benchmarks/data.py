@@ -87,7 +87,7 @@ def measure(path: Path, batch_size: int) -> dict[str, float]:
 def lengths(generator: np.random.Generator, *parts: tuple[float, float, int], longest: int) -> list[int]:
     """Log-normal lengths: for each part its median, the standard deviation of the logarithm, and how many."""
     drawn = [generator.lognormal(np.log(median), sigma, n) for median, sigma, n in parts]
-    return np.clip(np.concatenate(drawn), 1, longest).astype(int).tolist()  # type: ignore[no-any-return]
+    return [int(length) for length in np.clip(np.concatenate(drawn), 1, longest)]
 
 
 def texts() -> None:

@@ -93,6 +93,11 @@ class Trials(BatchSizeFinder):
                 f"expected a data module with a batch_size, got {data}, which has none: give it this attribute, and "
                 "make its loaders by it"
             )
+        if getattr(trainer.datamodule, "max_tokens", None) is not None:  # type: ignore[attr-defined]
+            raise UsageError(
+                "max_tokens decides how many samples are in a batch, and batch_size nothing: leave max_tokens out to "
+                "search for a batch_size"
+            )
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -49,8 +49,8 @@ class LabelledTexts(Samples):
         self.texts = Ragged(tokens)
 
     def augment(self, batch: Batch, draws: Ids) -> Batch:
-        """Hide some tokens."""
-        return drop_tokens(batch, draws, self.token_dropout, self.seed)
+        """Take some tokens out."""
+        return drop_tokens(batch, draws, self.token_dropout, self.seed, self.pad_id)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -104,8 +104,8 @@ class ClassificationData(ResumableData):
         prefetch_factor: Batches each worker reads ahead.
         persistent_workers: Keep workers over epochs.
         pin_memory: Page-locked batches; if ``None``, when training on CUDA.
-        token_dropout: Share of the texts' tokens that are hidden from the model in training, others each time.
-        seed: Seed of the sample order, of what is held out, and of what is hidden.
+        token_dropout: Share of the texts' tokens that are taken out in training, others each time.
+        seed: Seed of the sample order, of what is held out, and of what is taken out.
 
     Shapes:
         See :class:`LabelledTexts`.

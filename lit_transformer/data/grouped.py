@@ -53,11 +53,12 @@ class GroupedStream(SampleStream):
         Raises:
             UsageError: If no batch has a sample for every rank.
         """
-        epoch, offset = divmod(self.position, self.n)
+        begin = self.position
+        epoch, offset = divmod(begin, self.n)
         while True:
             found = False
             for places, ids in self._epoch(epoch, offset, size):
-                kept = (places >= self.position) & ~np.isin(ids, self.excluded)
+                kept = (places >= begin) & ~np.isin(ids, self.excluded)
                 if kept.sum() >= ranks:
                     found = True
                     yield ids[kept], places[kept]

@@ -146,7 +146,8 @@ class ResumableData(LightningDataModule):
         lengths = samples.lengths()
         if self.max_tokens is not None and (longest := int(lengths.sum(1).max())) > self.max_tokens:
             raise UsageError(
-                f"expected max_tokens to be at least the longest sample's {longest} tokens, got {self.max_tokens}"
+                f"expected max_tokens to be at least the longest sample's {longest} tokens, got {self.max_tokens}. "
+                "Raise it, or lower max_length."
             )
         self._stream.over(lengths)
         if self._loaded is not None:

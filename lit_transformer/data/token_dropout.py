@@ -8,28 +8,37 @@ from lit_transformer.data.order import Ids, noise
 from lit_transformer.errors import UsageError
 
 
-def drop_tokens(batch: Batch, draws: Ids, rate: float, seed: int) -> Batch:
-    """Hide some of the real tokens from attention and pooling; the first of a text stays.
+def drop_tokens(batch: Batch, draws: Ids, rate: float, seed: int, pad_id: int) -> Batch:
+    """Take some tokens out of each text; the first and the last one, which may be special, stay.
+
+    Taken out, not masked: a causal model has no mask, and the last token is where it is looked for.
 
     Args:
-        batch: With ``attention_mask`` of ``(B, T)``.
+        batch: With ``input_ids`` and ``attention_mask`` of ``(B, T)``, padded on the right.
         draws: A number for each text, ``(B,)``; which tokens go is a function of it, of the place and of ``seed``.
-        rate: Share of the tokens to hide.
+        rate: Share of the tokens to take out.
         seed: Of the choice.
+        pad_id: What fills up the batch.
 
-    Cost: some 10 nanoseconds a token; nothing at a rate of 0.
+    Cost: below 0.1 microseconds a token; nothing at a rate of 0.
 
     Example:
-        >>> mask = drop_tokens({"attention_mask": torch.ones(1, 1000)}, np.array([7]), 0.3, seed=0)["attention_mask"]
-        >>> 0.65 < mask.mean().item() < 0.75
-        True
+        >>> batch = {"input_ids": torch.arange(8)[None], "attention_mask": torch.ones(1, 8, dtype=torch.int64)}
+        >>> drop_tokens(batch, np.array([7]), 0.5, seed=0, pad_id=0)["input_ids"].tolist()
+        [[0, 2, 3, 4, 7]]
     """
     if rate == 0:
         return batch
-    mask = batch["attention_mask"]
-    kept = noise(seed, draws, mask.size(1)) >> np.uint64(40) >= np.uint64(round(rate * 2**24))
+    ids, real = batch["input_ids"].numpy(), batch["attention_mask"].numpy().astype(bool)
+    kept = noise(seed, draws, real.shape[1]) >> np.uint64(40) >= np.uint64(round(rate * 2**24))
     kept[:, 0] = True
-    return batch | {"attention_mask": mask * torch.from_numpy(kept)}
+    kept[np.arange(len(real)), real.sum(1) - 1] = True
+    kept &= real
+    length = kept.sum(1)
+    left = np.argsort(~kept, axis=1, kind="stable")[:, : length.max()]
+    mask = np.arange(length.max()) < length[:, None]
+    ids = np.where(mask, np.take_along_axis(ids, left, axis=1), pad_id)
+    return batch | {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
 
 
 def check_rate(rate: float) -> None:

@@ -8,7 +8,7 @@ import torch
 import yaml
 from torch.utils.data import DataLoader
 
-from lit_transformer import LitCausalLM, WarmupConstant
+from lit_transformer import ClassificationData, LitCausalLM, LitClassifier, WarmupConstant
 from lit_transformer.cli import main
 from lit_transformer.commands import batch_size_find
 from lit_transformer.commands.batch_size_find import Trials
@@ -192,3 +192,9 @@ def test_on_a_gpu_the_largest_is_suggested_and_memory_is_shown(find):
     assert code == 0
     assert out.splitlines()[0].endswith("peak GiB")
     assert "Suggested: --data.init_args.batch_size 8" in out
+
+
+def test_max_tokens_is_refused_for_it_decides_the_size(tmp_path):
+    task = LitClassifier(TINY, num_labels=8)
+    with pytest.raises(UsageError, match="leave max_tokens out to search for a batch_size"):
+        trainer(tmp_path, callbacks=[Trials()]).fit(task, datamodule=ClassificationData(max_length=8, max_tokens=400))

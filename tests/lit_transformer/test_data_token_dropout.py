@@ -12,17 +12,25 @@ from lit_transformer.data.token_dropout import drop_tokens
 from lit_transformer.errors import UsageError
 
 
-def test_the_share_that_is_dropped():
-    mask = torch.ones(400, 500, dtype=torch.int64)
-    mask[:, 400:] = 0  # padding stays hidden
-    dropped = drop_tokens({"attention_mask": mask}, np.arange(400), 0.2, seed=1)["attention_mask"]
-    assert dropped.dtype == torch.int64
-    assert dropped[:, 0].all()
-    assert not dropped[:, 400:].any()
-    kept = dropped[:, 1:400].double()
-    assert abs(kept.mean() - 0.8) < 4 * (0.16 / kept.numel()) ** 0.5
-    assert (kept.mean(1) - 0.8).abs().max() < 6 * (0.16 / 399) ** 0.5
-    assert (kept.mean(0) - 0.8).abs().max() < 6 * (0.16 / 400) ** 0.5
+def test_what_is_left_is_in_order_and_to_the_left():
+    lengths = torch.tensor([500, 300, 2, 1] * 100)
+    mask = (torch.arange(500) < lengths[:, None]).long()
+    ids = torch.arange(1, 501) * mask
+    found = drop_tokens({"input_ids": ids, "attention_mask": mask}, np.arange(400), 0.2, seed=1, pad_id=7)
+    kept = torch.zeros(400, 500)
+    for i, (row, real) in enumerate(zip(found["input_ids"], found["attention_mask"].bool(), strict=True)):
+        n = int(real.sum())
+        assert real[:n].all()
+        assert (row[n:] == 7).all()
+        left = row[:n].tolist()
+        assert left == sorted(set(left))
+        assert (left[0], left[-1]) == (1, int(lengths[i]))
+        kept[i, row[:n] - 1] = 1
+    inner = kept[0::4, 1:499]
+    assert abs(inner.mean() - 0.8) < 4 * (0.16 / inner.numel()) ** 0.5
+    assert (inner.mean(1) - 0.8).abs().max() < 6 * (0.16 / 498) ** 0.5
+    assert (inner.mean(0) - 0.8).abs().max() < 6 * (0.16 / 100) ** 0.5
+    assert found["attention_mask"].shape[1] == kept.sum(1).max() < 500
 
 
 @pytest.mark.parametrize("kind", [ClassificationData, SequencePairData])
@@ -41,24 +49,27 @@ def test_it_is_another_choice_each_time_and_resumed(kind, workers, tmp_path, mon
         data.setup()
         return data
 
-    def masks(batches):
+    def tokens(batches):
         return {
-            int(i): row.tolist() for b in batches for i, row in zip(b["sample_ids"], b["attention_mask"], strict=True)
+            int(i): row[row != 0].tolist()
+            for b in batches
+            for i, row in zip(b["sample_ids"], b["input_ids"], strict=True)
         }
 
     data = ready()
-    first, second = (masks(data.train_dataloader()) for _ in range(2))
+    first, second = (tokens(data.train_dataloader()) for _ in range(2))
     common = first.keys() & second.keys()
     assert sum(first[i] == second[i] for i in common) < 0.1 * len(common)
-    for batch in data.val_dataloader():
-        assert batch["attention_mask"].sum() == (batch["attention_mask"] * 0 + 1)[batch["input_ids"] != 0].sum()
+    texts = tokens(ready(token_dropout=0.0).val_dataloader())
+    assert tokens(data.val_dataloader()) == texts
+    assert min(map(len, texts.values())) > max(map(len, first.values()))
     whole = ready()
-    expected = masks(islice(whole.train_dataloader(), 4, 6))
+    expected = tokens(islice(whole.train_dataloader(), 4, 6))
     part = ready()
     list(islice(part.train_dataloader(), 4))
     again = ready()
     again.load_state_dict(part.state_dict())
-    assert masks(islice(again.train_dataloader(), 2)) == expected
+    assert tokens(islice(again.train_dataloader(), 2)) == expected
     with pytest.raises(UsageError, match=r"place in the data is for token_dropout=0\.4"):
         ready(token_dropout=0.1).load_state_dict(part.state_dict())
     with pytest.raises(UsageError, match="token_dropout must be at least 0 and below 1, got 1"):

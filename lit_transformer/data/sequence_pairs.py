@@ -102,7 +102,7 @@ class SequencePairData(ResumableData):
         group_by_length: Put pairs of like length into a batch, which saves most of the padding. A run is then resumed
             with the same global batch size only.
         max_tokens: Likewise, but fill a training batch of one device up to so many tokens, padding counted; then
-            ``batch_size`` is that of evaluation alone.
+            ``batch_size`` is that of evaluation alone. Of several devices, one may have a sample more.
         num_workers: Loader processes; 0 is fastest here.
         prefetch_factor: Batches each worker reads ahead.
         persistent_workers: Keep workers over epochs.

@@ -20,7 +20,7 @@ from lit_transformer.data.splits import split_documents
 from lit_transformer.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, from_file, from_json
 from lit_transformer.errors import UsageError
 
-_FORMAT = 1  # raised when what is written changes, so that older folders are left alone
+_FORMAT = 2  # raised when what is written changes, so that older folders are left alone
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,11 @@ class Split:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A folder with the tokens of each split in ``<split>.npy``, and what is known about them."""
+    """A folder with the tokens of each split, and what is known about them.
+
+    ``<split>.npy`` are the ids of all documents, each ended by the end-of-document token; ``<split>.documents.npy`` is
+    where in it each document begins, and at last its length: int64, one more than there are documents.
+    """
 
     folder: Path
     corpus_hash: str
@@ -154,22 +158,22 @@ def _write(recipe: Recipe, paths: dict[str, list[Path]], folder: Path) -> None:
     tokenizer = recipe.build_tokenizer(splits["train"])
     sizes = {}
     for name, documents in splits.items():
-        tokens = _encode(documents, tokenizer)
+        tokens, starts = _encode(documents, tokenizer)
         np.save(folder / f"{name}.npy", tokens)
+        np.save(folder / f"{name}.documents.npy", starts)
         size = sum(map(len, documents.values()))
         sizes[name] = asdict(Split(files=len(documents), bytes=size, tokens=len(tokens)))
     about = {"corpus_hash": corpus.content_hash(splits), "tokenizer": tokenizer.to_json(), "splits": sizes}
     (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
 
-def _encode(documents: Documents, tokenizer: Tokenizer) -> NDArray[Any]:
-    """Return all documents as one array, each followed by the end-of-document token."""
+def _encode(documents: Documents, tokenizer: Tokenizer) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Return all documents as one array, each followed by the end-of-document token, and where each begins."""
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     end = np.array([tokenizer.eos_id], dtype=dtype)
     parts = [np.empty(0, dtype=dtype)]
-    for content in documents.values():
-        parts += [tokenizer.encode(content.decode()).astype(dtype), end]
-    return np.concatenate(parts)
+    parts += [np.append(tokenizer.encode(content.decode()).astype(dtype), end) for content in documents.values()]
+    return np.concatenate(parts), np.cumsum([len(part) for part in parts], dtype=np.int64)
 
 
 def _publish(unfinished: Path, folder: Path) -> None:

@@ -40,6 +40,20 @@ def test_tokens_are_the_text_each_document_ended(tmp_path, text, tokenizer):
     assert sum(split.bytes for split in prepared.splits.values()) == text.stat().st_size
 
 
+def test_where_each_document_begins_is_kept(tmp_path):
+    for name, content in {"a.txt": "one", "b.txt": "", "c.txt": "three", "d.txt": "xy"}.items():
+        (tmp_path / name).write_text(content)
+    prepared = prepare(recipe(tmp_path / "*.txt", val_fraction=0.1, test_fraction=0.3), str(tmp_path / "cache"))
+    # Of ten bytes the last three are for test, "e" and "xy", the one before for validation.
+    starts = {name: np.load(prepared.folder / f"{name}.documents.npy") for name in prepared.splits}
+    assert {name: found.tolist() for name, found in starts.items()} == {
+        "train": [0, 4, 8],  # "one" and "thr", each ended
+        "validation": [0, 2],  # "e"
+        "test": [0, 2, 5],  # "e" and "xy"
+    }
+    assert {found.dtype for found in starts.values()} == {np.dtype(np.int64)}
+
+
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
 def test_second_time_reads_no_text(tmp_path, text, monkeypatch, tokenizer):
     first = prepare(recipe(text, tokenizer=tokenizer), str(tmp_path / "cache"))

@@ -1,7 +1,8 @@
 """Tokens a second, and how many of them are padding.
 
 Blocks from a memory-mapped array: our training loader, a plain DataLoader, and nanoGPT's get_batch, in turn. Then
-texts of three distributions of lengths, in batches of 32 or of 32 x 256 tokens. One process, no workers, its CPU time.
+texts of three distributions of lengths, in batches of 32, of 32 x 256 tokens, or packed into blocks as long as the
+longest. One process, no workers, its CPU time.
 
     python benchmarks/data.py
 """
@@ -22,6 +23,7 @@ from lit_transformer.data.classification import LabelledTexts
 from lit_transformer.data.grouped import GroupedStream, padding
 from lit_transformer.data.loader import Blocks, TrainingLoader
 from lit_transformer.data.order import SampleStream
+from lit_transformer.data.packed import PackedBlocks
 
 TOKENS, BLOCK, ROUNDS, BATCHES = 20_000_000, 256, 9, 200
 
@@ -90,7 +92,19 @@ def lengths(generator: np.random.Generator, *parts: tuple[float, float, int], lo
     return [int(length) for length in np.clip(np.concatenate(drawn), 1, longest)]
 
 
-def texts() -> None:
+def packed(folder: str, found: list[int]) -> str:
+    """The same of documents that are packed; with one more token each, which ends it."""
+    path = Path(folder, "train.npy")
+    np.save(path, np.ones(sum(found) + len(found), dtype=np.uint16))
+    np.save(path.with_suffix(".documents.npy"), np.cumsum([0, *(length + 1 for length in found)]))
+    blocks = PackedBlocks(path, max(found))
+    loader = TrainingLoader(blocks, SampleStream(0, len(blocks)), 32)
+    start, batches = time.process_time(), [len(batch["input_ids"]) for batch in loader]
+    rate = sum(batches) * blocks.block_size * blocks.filled / (time.process_time() - start)
+    return f"{1 - blocks.filled:.1%} padding, {rate / 1e6:.0f} Mtok/s"
+
+
+def texts(folder: str) -> None:
     """Print the padding, and the tokens a second that are none, of each way to make batches."""
     generator = np.random.default_rng(0)
     distributions = {
@@ -99,7 +113,7 @@ def texts() -> None:
         "sentences, median 22, at most 128": lengths(generator, (22, 0.6, 20_000), longest=128),
     }
     ways = {"random": (None, 32), "group_by_length": (False, 32), "max_tokens": (True, 32 * 256)}
-    print(f"\n{'':>35}" + "".join(f"{name:>28}" for name in ways))
+    print(f"\n{'':>35}" + "".join(f"{name:>28}" for name in [*ways, "packing"]))
     for name, found in distributions.items():
         samples = LabelledTexts(name, [[1] * length for length in found], [0] * len(found), pad_id=0)
         cells = []
@@ -110,6 +124,7 @@ def texts() -> None:
             start, drawn = time.process_time(), [batch["sample_ids"].numpy() for batch in loader]
             rate = sum(found) / (time.process_time() - start)
             cells.append(f"{padding(samples.lengths(), iter(drawn)):.1%} padding, {rate / 1e6:.0f} Mtok/s")
+        cells.append(packed(folder, found))
         print(f"{name:>35}" + "".join(f"{cell:>28}" for cell in cells))
 
 
@@ -129,7 +144,7 @@ def main() -> None:
             ratios = [f"{us / loader:.1f}", f"{us / crops:.1f}"]
             cells = [f"{rate / 1e6:.0f} Mtok/s" for rate in rates.values()] + ratios
             print(f"{f'{batch_size} x {BLOCK}':>18}" + "".join(f"{cell:>18}" for cell in cells))
-    texts()
+        texts(folder)
 
 
 if __name__ == "__main__":

@@ -199,6 +199,29 @@ def with_lora(model: nn.Module, lora: Lora, task: Task) -> nn.Module:
         raise UsageError(f"lora.target_modules={targets}: {error}") from None
 
 
+@torch.no_grad()
+def keeps_apart(model: Any) -> bool:
+    """Whether what a causal model says of a document depends on none before it, when places begin at 0 again.
+
+    Most of Hugging Face's build their mask so, and some do not: this is asked of two short sequences.
+    """
+    first, second = torch.arange(4), torch.arange(4, 8)
+    vocab_size = model.get_input_embeddings().num_embeddings
+    ids = torch.stack((torch.cat((first, second)), torch.cat((second, second)))) % vocab_size
+    device = next(model.parameters()).device
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        places = torch.arange(4).repeat(2, 2)
+        said = model(input_ids=ids.to(device), position_ids=places.to(device), use_cache=False).logits[:, 4:]
+    except TypeError:  # it takes no places
+        return False
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return bool(torch.equal(said[0], said[1]))
+
+
 def _transformers() -> Any:
     try:
         import transformers

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
+from torchmetrics import Metric
 
 from lit_transformer.distillation import Distillation
 from lit_transformer.errors import UsageError
@@ -83,7 +84,11 @@ class LitTask(LitRecipe):
             self._teacher = (load_teacher(self.distillation.teacher, self.kind).requires_grad_(False).eval(),)
 
     def on_fit_start(self) -> None:
-        """Take the teacher along to the device."""
+        """Take the teacher along to the device, and begin with metrics that can be added to."""
+        for metric in self.modules():
+            # `validate` leaves tensors of inference mode, in which a fit does not validate (Lightning 2.6).
+            if isinstance(metric, Metric) and any(map(_of_inference, metric.metric_state.values())):
+                metric.reset()
         for teacher in self._teacher:
             teacher.to(self.device)
 
@@ -133,3 +138,7 @@ class LitTask(LitRecipe):
         self.objective.update(self.logits(batch), self.targets(batch))
         metrics: dict[str, Any] = {f"{stage}/{name}": metric for name, metric in self.objective.metrics().items()}
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=stage == "val")
+
+
+def _of_inference(state: Tensor | list[Tensor]) -> bool:
+    return isinstance(state, Tensor) and state.is_inference()

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lit_transformer.data.baselines import Baseline, unigram_loss
 from lit_transformer.data.cache import Prepared, Recipe, prepare
-from lit_transformer.data.loader import Blocks
+from lit_transformer.data.loader import Blocks, Samples
+from lit_transformer.data.packed import PackedBlocks
 from lit_transformer.data.resumable import ResumableData
 from lit_transformer.data.tokenizer import ByteTokenizer, Tokenizer, from_file
 from lit_transformer.errors import UsageError
@@ -38,6 +39,8 @@ class LanguageModelingData(ResumableData):
             ``tokenizer.json``.
         bpe_vocab_size: Tokens to learn when ``tokenizer`` is ``"bpe"``.
         block_size: Tokens in a sample.
+        packing: Blocks of whole documents instead, none of which sees another; those longer than a block are cut into
+            pieces. For models that take ``document_ids``: ours, and causal ones of Hugging Face.
         batch_size: Samples in a batch of one device.
         num_workers: Loader processes; 0 is fastest here, since reading a block costs next to nothing.
         prefetch_factor: Batches each worker reads ahead.
@@ -48,12 +51,13 @@ class LanguageModelingData(ResumableData):
 
     Shapes:
         A batch is a dict of int64 tensors: ``input_ids`` and ``targets`` (the same, one token later) of
-        ``(batch_size, block_size)``, and ``sample_ids`` of ``(batch_size,)``.
+        ``(batch_size, block_size)``, and ``sample_ids`` of ``(batch_size,)``. With ``packing`` see
+        :class:`~lit_transformer.data.packed.PackedBlocks`.
 
     Raises:
         UsageError: If an argument is out of range, or at setup if the text cannot be used.
 
-    State: position, excluded samples, and what they refer to: seed, block size, corpus hash and tokenizer.
+    State: position, excluded samples, and what they refer to: seed, block size, packing, corpus hash and tokenizer.
 
     Cost: some 30 microseconds a batch without workers; the first start tokenises, later ones map the cache.
 
@@ -73,6 +77,7 @@ class LanguageModelingData(ResumableData):
         tokenizer: str = "bytes",
         bpe_vocab_size: int = 4096,
         block_size: int = 256,
+        packing: bool = False,
         batch_size: int = 32,
         num_workers: int = 0,
         prefetch_factor: int | None = None,
@@ -85,8 +90,7 @@ class LanguageModelingData(ResumableData):
         # Lightning's own look at the frame leaves a cycle that keeps every caller's variables, loader workers too.
         self.save_hyperparameters(logger=False, frame=inspect.currentframe())
         self._check_settings(bpe_vocab_size=257, block_size=1)
-        self.block_size = block_size
-        self._splits: dict[str, Blocks] = {}
+        self.block_size, self.packing = block_size, packing
         self._recipe = Recipe(files, val_files, test_files, val_fraction, test_fraction, tokenizer, bpe_vocab_size)
         self._tokenizer = _untrained(tokenizer)
         self._prepared: Prepared | None = None
@@ -130,9 +134,10 @@ class LanguageModelingData(ResumableData):
             f"{name} {split.files:,} files, {split.bytes:,} bytes, {split.tokens:,} tokens"
             for name, split in prepared.splits.items()
         )
+        filled = f" of whole documents, {self._splits['train'].filled:.1%} of them text" if self.packing else ""
         return (
             f"{text}, sha256 {prepared.corpus_hash[:12]}, tokenizer {self._recipe.tokenizer} of {self.vocab_size:,}, "
-            f"blocks of {self.block_size}\n{splits}"
+            f"blocks of {self.block_size}{filled}\n{splits}"
         )
 
     def prepare_data(self) -> None:
@@ -144,18 +149,21 @@ class LanguageModelingData(ResumableData):
         if self._prepared is None:
             prepared = prepare(self._recipe, self.hparams["cache_dir"])
             for name, split in prepared.splits.items():
-                if split.tokens <= self.block_size:
+                if not split.tokens or (split.tokens <= self.block_size and not self.packing):
+                    least = "some" if self.packing else f"at least block_size + 1 = {self.block_size + 1}"
                     raise UsageError(
-                        f"expected at least block_size + 1 = {self.block_size + 1} tokens of {name} text, got "
-                        f"{split.tokens} ({split.bytes} bytes). Give more text, hold out another fraction, or lower "
-                        "block_size."
+                        f"expected {least} tokens of {name} text, got {split.tokens} ({split.bytes} bytes). Give more "
+                        "text, hold out another fraction, or lower block_size."
                     )
-                self._splits[name] = self._blocks(prepared.folder / f"{name}.npy")
+                self._splits[name] = self._samples(prepared.folder / f"{name}.npy")
             self._prepared = prepared
         self._stream_over(self._splits["train"])
 
+    def _samples(self, path: Path) -> Samples:
+        return self._blocks(path)
+
     def _blocks(self, path: Path) -> Blocks:
-        return Blocks(path, self.block_size)
+        return (PackedBlocks if self.packing else Blocks)(path, self.block_size)
 
     def _ready(self) -> Prepared:
         self._require_setup()
@@ -166,6 +174,7 @@ class LanguageModelingData(ResumableData):
         return {
             "seed": self._stream.seed,
             "block_size": self.block_size,
+            "packing": self.packing,
             "corpus_hash": self.corpus_hash,
             "tokenizer": self.tokenizer.to_json(),
         }

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,10 @@ class Blocks(Samples):
         self.path, self.block_size = path, block_size
         # A plain view: indexing the np.memmap subclass costs several microseconds more.
         self._tokens: NDArray[Any] = np.load(path, mmap_mode="r").view(np.ndarray)
-        self._windows = np.lib.stride_tricks.sliding_window_view(self._tokens, block_size + 1)[::block_size]
+
+    @cached_property
+    def _windows(self) -> NDArray[Any]:
+        return np.lib.stride_tricks.sliding_window_view(self._tokens, self.block_size + 1)[:: self.block_size]
 
     def __len__(self) -> int:
         return len(self._windows)
@@ -76,6 +80,11 @@ class Blocks(Samples):
     def lengths(self) -> Ids:
         """All blocks are as long."""
         return np.broadcast_to(np.int64(self.block_size), (len(self), 1))
+
+    @property
+    def filled(self) -> float:
+        """Share of the room that text fills."""
+        return 1.0
 
     def counts(self, size: int) -> NDArray[np.int64]:
         """How often each of ``size`` token ids occurs."""
@@ -90,7 +99,7 @@ class Blocks(Samples):
         }
 
     def __reduce__(self) -> tuple[type["Blocks"], tuple[Path, int]]:
-        return Blocks, (self.path, self.block_size)  # a worker maps the file; pickling a memmap would copy it
+        return type(self), (self.path, self.block_size)  # a worker maps the file; pickling a memmap would copy it
 
 
 def _as_is(batch: Batch) -> Batch:

@@ -6,45 +6,65 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_transformer.data.language_modeling import LanguageModelingData
-from lit_transformer.data.loader import Batch, Blocks
+from lit_transformer.data.loader import Batch, Blocks, Samples
 from lit_transformer.data.order import Ids, noise
 from lit_transformer.errors import UsageError
 from lit_transformer.objectives import IGNORED
 
 
-class MaskedBlocks(Blocks):
+class Masked(Samples):
     """Blocks of tokens, some of which are to be guessed (Devlin et al. 2019).
 
     Of the tokens chosen, 80 % are replaced by the mask, 10 % by any token, and 10 % stay. Which ones is a function of
     ``seed`` and of the draw: another choice each time a block is trained on, always the same in evaluation.
 
     Args:
-        path: See :class:`~lit_transformer.data.loader.Blocks`.
-        block_size: Likewise.
+        blocks: What to hide tokens of; where their targets are -100 there is none.
         mask_id: The token that hides another, and the number of tokens there are besides.
         mask_fraction: Share of the tokens that are chosen.
         seed: Of the choice.
 
     Shapes:
-        A batch is ``input_ids`` and ``targets`` of ``(batch, block_size)`` and ``sample_ids`` of ``(batch,)``, int64;
-        targets are -100 where nothing is to be guessed.
+        As the blocks'; targets are -100 where nothing is to be guessed.
 
     Cost: some 200 microseconds for 4096 tokens.
     """
 
-    def __init__(self, path: Path, block_size: int, mask_id: int, mask_fraction: float, seed: int) -> None:
-        super().__init__(path, block_size)
+    def __init__(self, blocks: Blocks, mask_id: int, mask_fraction: float, seed: int) -> None:
+        super().__init__(blocks.name)
+        self.blocks = blocks
         self.mask_id, self.mask_fraction, self.seed = mask_id, mask_fraction, seed
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitems__(self, ids: Ids) -> Batch:
+        return self.blocks.__getitems__(ids)
+
+    def lengths(self) -> Ids:
+        """Those of the blocks."""
+        return self.blocks.lengths()
+
+    @property
+    def filled(self) -> float:
+        """That of the blocks."""
+        return self.blocks.filled
+
+    def counts(self, size: int) -> NDArray[np.int64]:
+        """How often each of ``size`` token ids occurs."""
+        return self.blocks.counts(size)
 
     def augment(self, batch: Batch, draws: Ids) -> Batch:
         """Hide some tokens."""
         original = batch["input_ids"].numpy()
-        bits = noise(self.seed, draws, self.block_size)
+        bits = noise(self.seed, draws, original.shape[1])
         # Three independent numbers of one: 24 bits for whether, 12 for how, 28 for by which.
         chosen = (bits >> np.uint64(40)) < np.uint64(round(self.mask_fraction * 2**24))
+        chosen &= batch["targets"].numpy() != IGNORED
         how = (bits >> np.uint64(28)) & np.uint64(2**12 - 1)
         by = ((bits & np.uint64(2**28 - 1)) * np.uint64(self.mask_id)) >> np.uint64(28)
         seen = np.where(chosen & (how < round(0.8 * 2**12)), self.mask_id, original)
@@ -52,15 +72,12 @@ class MaskedBlocks(Blocks):
         targets = np.where(chosen, original, IGNORED)
         return batch | {"input_ids": torch.from_numpy(seen), "targets": torch.from_numpy(targets)}
 
-    def __reduce__(self) -> tuple[type["MaskedBlocks"], tuple[Any, ...]]:
-        return MaskedBlocks, (self.path, self.block_size, self.mask_id, self.mask_fraction, self.seed)
-
 
 class MaskedLanguageModelingData(LanguageModelingData):
     """Text as blocks of tokens, some of them hidden, for guessing those.
 
     Text, blocks, order and position are those of :class:`~lit_transformer.data.LanguageModelingData`; what is hidden in
-    them is that of :class:`MaskedBlocks`. The mask is one more token, the last one.
+    them is that of :class:`Masked`. The mask is one more token, the last one.
 
     Args:
         mask_fraction: Share of the tokens to be guessed; 0.15 in BERT (Devlin et al. 2019).
@@ -72,6 +89,7 @@ class MaskedLanguageModelingData(LanguageModelingData):
         tokenizer: Likewise.
         bpe_vocab_size: Likewise.
         block_size: Likewise.
+        packing: Likewise.
         batch_size: Likewise.
         num_workers: Likewise.
         prefetch_factor: Likewise.
@@ -101,6 +119,7 @@ class MaskedLanguageModelingData(LanguageModelingData):
         tokenizer: str = "bytes",
         bpe_vocab_size: int = 4096,
         block_size: int = 256,
+        packing: bool = False,
         batch_size: int = 32,
         num_workers: int = 0,
         prefetch_factor: int | None = None,
@@ -111,7 +130,7 @@ class MaskedLanguageModelingData(LanguageModelingData):
     ) -> None:
         super().__init__(
             files, val_files, test_files, val_fraction, test_fraction, tokenizer, bpe_vocab_size, block_size,
-            batch_size, num_workers, prefetch_factor, persistent_workers, pin_memory, seed, cache_dir,
+            packing, batch_size, num_workers, prefetch_factor, persistent_workers, pin_memory, seed, cache_dir,
         )  # fmt: skip
         self.save_hyperparameters(logger=False, frame=inspect.currentframe())
         if not 0 < mask_fraction < 1:
@@ -137,8 +156,8 @@ class MaskedLanguageModelingData(LanguageModelingData):
         """Return what a person wants to know about the data; after setup."""
         return f"{super().describe()}\n{100 * self.mask_fraction:g} % of the tokens are to be guessed"
 
-    def _blocks(self, path: Path) -> Blocks:
-        return MaskedBlocks(path, self.block_size, self.mask_id, self.mask_fraction, self._stream.seed)
+    def _samples(self, path: Path) -> Samples:
+        return Masked(self._blocks(path), self.mask_id, self.mask_fraction, self._stream.seed)
 
     def _meaning(self) -> dict[str, Any]:
         return super()._meaning() | {"mask_fraction": self.mask_fraction}

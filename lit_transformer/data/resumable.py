@@ -154,7 +154,7 @@ class ResumableData(LightningDataModule):
             self._check_meaning(self._loaded)
 
     def _check_meaning(self, state: dict[str, Any]) -> None:
-        state = {"batching": "random"} | state  # of before there were other ways
+        state = {"batching": "random", "packing": False} | state  # of before there were other ways
         for name, present in self._meant().items():
             if (saved := state.get(name, present)) != present:  # what is absent was not there yet
                 raise UsageError(

@@ -12,7 +12,7 @@ from lit_transformer.nn.config import TransformerConfig
 from lit_transformer.nn.flex import attend_blocks
 from lit_transformer.nn.masks import Mask
 from lit_transformer.nn.norm import make_head_norm
-from lit_transformer.nn.positions import RotaryPositions
+from lit_transformer.nn.positions import Places, RotaryPositions
 
 
 class KeyValueCache:
@@ -82,32 +82,33 @@ class SelfAttention(nn.Module):
         self.q_norm, self.k_norm = make_head_norm(config), make_head_norm(config)
         self.out = nn.Linear(config.d_model, config.d_model, bias=config.bias)
 
-    def forward(self, x_BTD: Tensor, mask: Mask = "causal", cache: KeyValueCache | None = None) -> Tensor:
-        """Attend to the positions that ``mask`` lets each see, those in ``cache`` included."""
+    def forward(
+        self, x_BTD: Tensor, mask: Mask = "causal", places: Places = 0, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """Attend to what ``mask`` lets each token see, those in ``cache`` included; ``x`` is at ``places``."""
         b, t, d_model = x_BTD.shape
-        start = cache.length if cache is not None else 0
-        q, k, v = self._project(x_BTD, start)
+        q, k, v = self._project(x_BTD, places)
         if cache is not None:
             k, v = cache.append(k, v)
         y_BHTd = attend(q, k, v, mask, self.dropout if self.training else 0.0)
         out: Tensor = self.out(y_BHTd.transpose(1, 2).reshape(b, t, d_model))
         return out
 
-    def _project(self, x_BTD: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x_BTD: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
         b, t, _ = x_BTD.shape
         if self.n_kv_heads == self.n_heads:  # queries and keys are normalised and turned together
             qkv = self.qkv(x_BTD).view(b, t, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)  # 3 B H T d
             qk, v = qkv[:2], qkv[2]
             if self.q_norm is not None and self.k_norm is not None:
                 qk = torch.stack((self.q_norm(qk[0]), self.k_norm(qk[1])))
-            q, k = self.rotary(qk, start) if self.rotary is not None else qk
+            q, k = self.rotary(qk, places) if self.rotary is not None else qk
             return q, k, v
         heads = self.qkv(x_BTD).view(b, t, -1, self.head_dim).transpose(1, 2)
         q, k, v = heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
-            q, k = self.rotary(q, start), self.rotary(k, start)
+            q, k = self.rotary(q, places), self.rotary(k, places)
         return q, k, v
 
 

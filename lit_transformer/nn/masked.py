@@ -32,7 +32,7 @@ class MaskedTransformer(nn.Module):
 
     Shapes:
         Token ids ``(B, T)``, int64, and a mask ``(B, T)`` that is true where a token is no padding, to logits ``(B, T,
-        V)``.
+        V)``. Documents as in :class:`~lit_transformer.nn.transformer.Decoder`.
 
     Example:
         >>> import torch
@@ -51,7 +51,7 @@ class MaskedTransformer(nn.Module):
         if config.tie_embeddings:  # which the encoder has initialised
             self.head.output.weight.data.copy_(weight)
 
-    def forward(self, ids_BT: Tensor, real_BT: Tensor | None = None) -> Tensor:
+    def forward(self, ids_BT: Tensor, real_BT: Tensor | None = None, documents_BT: Tensor | None = None) -> Tensor:
         """Logits of the token at each position."""
-        logits_BTV: Tensor = self.head(self.encoder(ids_BT, real_BT))
+        logits_BTV: Tensor = self.head(self.encoder(ids_BT, real_BT, documents_BT))
         return logits_BTV

@@ -7,6 +7,8 @@ rotary     queries and keys are turned by an angle proportional to the position 
 none       a causal mask alone tells how many tokens came before                Haviv et al. 2022
 ========== ==================================================================== =========================
 
+Where a token is, is said by the place of the first, whom the others follow, or by that of each, ``(B, T)``.
+
 Shapes: B batch, T length, D d_model, H heads, d features per head.
 """
 
@@ -16,6 +18,25 @@ import torch
 from torch import Tensor, nn
 
 _WAVE_BASE = 10_000.0
+
+Places = int | Tensor
+
+
+def document_places(documents_BT: Tensor) -> Tensor:
+    """Where each token is in its document, ``(B, T)``; a document begins where the number changes.
+
+    Example:
+        >>> document_places(torch.tensor([[0, 0, 0, 1, 1, 2]])).tolist()
+        [[0, 1, 2, 0, 1, 0]]
+    """
+    place_T = torch.arange(documents_BT.size(1), device=documents_BT.device)
+    begins = nn.functional.pad(documents_BT[:, 1:] != documents_BT[:, :-1], (1, 0), value=True)
+    return place_T - (place_T * begins).cummax(dim=1).values
+
+
+def _at(table: Tensor, places: Places, length: int) -> Tensor:
+    """Rows of a table, ``(T, ...)`` or ``(B, T, ...)``."""
+    return table[places] if isinstance(places, Tensor) else table[places : places + length]
 
 
 def _angles(max_length: int, width: int, base: float) -> Tensor:
@@ -31,9 +52,9 @@ class LearnedPositions(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(max_length, d_model)
 
-    def forward(self, x_BTD: Tensor, start: int = 0) -> Tensor:
-        """``x`` plus the vectors of positions ``start`` to ``start + T``."""
-        return x_BTD + self.embedding.weight[start : start + x_BTD.size(1)]
+    def forward(self, x_BTD: Tensor, places: Places = 0) -> Tensor:
+        """``x`` plus the vectors of its places."""
+        return x_BTD + _at(self.embedding.weight, places, x_BTD.size(1))
 
 
 class SinusoidalPositions(nn.Module):
@@ -51,9 +72,9 @@ class SinusoidalPositions(nn.Module):
         wave = torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1).to(torch.get_default_dtype())
         self.register_buffer("wave", wave, persistent=False)
 
-    def forward(self, x_BTD: Tensor, start: int = 0) -> Tensor:
-        """The scaled ``x`` plus the waves of positions ``start`` to ``start + T``."""
-        return x_BTD * self.scale + self.wave[start : start + x_BTD.size(1)]
+    def forward(self, x_BTD: Tensor, places: Places = 0) -> Tensor:
+        """The scaled ``x`` plus the waves of its places."""
+        return x_BTD * self.scale + _at(self.wave, places, x_BTD.size(1))
 
 
 class RotaryPositions(nn.Module):
@@ -73,8 +94,9 @@ class RotaryPositions(nn.Module):
         self.register_buffer("cos", angle.cos().repeat(1, 2).to(dtype), persistent=False)
         self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), dim=-1).to(dtype), persistent=False)
 
-    def forward(self, x_BHTd: Tensor, start: int = 0) -> Tensor:
-        """``x`` turned as positions ``start`` to ``start + T``."""
-        end = start + x_BHTd.size(-2)
-        cos, sin = self.cos[start:end].to(x_BHTd.dtype), self.sin[start:end].to(x_BHTd.dtype)
+    def forward(self, x_BHTd: Tensor, places: Places = 0) -> Tensor:
+        """``x`` turned by its places."""
+        cos, sin = (_at(table, places, x_BHTd.size(-2)).to(x_BHTd.dtype) for table in (self.cos, self.sin))
+        if isinstance(places, Tensor):  # all heads alike
+            cos, sin = cos[:, None], sin[:, None]
         return x_BHTd * cos + x_BHTd.roll(x_BHTd.size(-1) // 2, dims=-1) * sin

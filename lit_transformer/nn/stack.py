@@ -16,7 +16,7 @@ from lit_transformer.nn.flex import SMALLEST_HEAD
 from lit_transformer.nn.ids import check_ids
 from lit_transformer.nn.masks import Mask
 from lit_transformer.nn.norm import make_norm
-from lit_transformer.nn.positions import LearnedPositions, RotaryPositions, SinusoidalPositions
+from lit_transformer.nn.positions import LearnedPositions, Places, RotaryPositions, SinusoidalPositions
 from lit_transformer.nn.residual import RESIDUALS
 
 
@@ -49,12 +49,13 @@ class Block(nn.Module):
         self,
         x_BTD: Tensor,
         mask: Mask = "causal",
+        places: Places = 0,
         cache: KeyValueCache | None = None,
         memory_BSD: Tensor | None = None,
         memory_mask: Mask = None,
     ) -> Tensor:
         """Apply the block."""
-        x_BTD = self.attention(x_BTD, mask, cache)
+        x_BTD = self.attention(x_BTD, mask, places, cache)
         if self.cross_attention is not None:
             x_BTD = self.cross_attention(x_BTD, memory_BSD, memory_mask, cache)
         return self.feed_forward(x_BTD)  # type: ignore[no-any-return]
@@ -98,11 +99,12 @@ class Stack(nn.Module):
         needs_final_norm = RESIDUALS[config.norm_placement].needs_final_norm
         self.final_norm = make_norm(config) if needs_final_norm else nn.Identity()
 
-    def embed(self, ids_BT: Tensor, start: int = 0) -> Tensor:
-        """Embeddings ``(B, T, D)`` of tokens at places ``start`` to ``start + T``."""
-        if start + ids_BT.size(1) > self.config.max_length:
+    def embed(self, ids_BT: Tensor, places: Places = 0) -> Tensor:
+        """Embeddings ``(B, T, D)`` of tokens at some places."""
+        length = ids_BT.size(1) + (places if isinstance(places, int) else 0)
+        if length > self.config.max_length:
             raise ValueError(
-                f"a sequence of {start + ids_BT.size(1)} tokens is longer than max_length={self.config.max_length}; "
+                f"a sequence of {length} tokens is longer than max_length={self.config.max_length}; "
                 "shorten it, or build the model with a larger max_length"
             )
         try:
@@ -113,7 +115,7 @@ class Stack(nn.Module):
         if self.embedding_scale != 1.0:
             x_BTD = x_BTD * self.embedding_scale
         if self.positions is not None:
-            x_BTD = self.positions(x_BTD, start)
+            x_BTD = self.positions(x_BTD, places)
         dropped: Tensor = self.embedding_dropout(self.embedding_norm(x_BTD))
         return dropped
 
@@ -121,6 +123,7 @@ class Stack(nn.Module):
         self,
         x_BTD: Tensor,
         mask: Mask,
+        places: Places = 0,
         caches: Sequence[KeyValueCache] | None = None,
         memory_BSD: Tensor | None = None,
         memory_mask: Mask = None,
@@ -128,7 +131,7 @@ class Stack(nn.Module):
         """All blocks and the norm at the end, ``(B, T, D)`` to the same."""
         every = self.config.activation_checkpointing if self.training else 0
         for i, block in enumerate(self.blocks):
-            given = (x_BTD, mask, caches[i] if caches is not None else None, memory_BSD, memory_mask)
+            given = (x_BTD, mask, places, caches[i] if caches is not None else None, memory_BSD, memory_mask)
             again = every and i % every == 0
             x_BTD = checkpoint(block, *given, use_reentrant=False) if again else block(*given)
         return self.final_norm(x_BTD)  # type: ignore[no-any-return]

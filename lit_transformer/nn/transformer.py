@@ -12,6 +12,7 @@ from lit_transformer.nn.attention import KeyValueCache
 from lit_transformer.nn.config import TransformerConfig
 from lit_transformer.nn.init import initialize
 from lit_transformer.nn.masks import bidirectional_mask, causal_mask, padding_mask
+from lit_transformer.nn.positions import document_places
 from lit_transformer.nn.residual import deepnorm_constants
 from lit_transformer.nn.stack import Stack
 
@@ -23,7 +24,8 @@ class Decoder(Stack):
         config: Shape and choices.
 
     Shapes:
-        Token ids ``(B, T)``, int64, to states ``(B, T, D)``; ``T <= config.max_length``.
+        Token ids ``(B, T)``, int64, to states ``(B, T, D)``; ``T <= config.max_length``. Where several documents share
+        a sequence, ``documents`` ``(B, T)`` has a number for each, and none sees another.
 
     Raises:
         ValueError: If a sequence is longer than ``config.max_length``.
@@ -38,17 +40,21 @@ class Decoder(Stack):
         self.head = make_head(config, self.token_embedding) if self.has_head else None
         initialize(self, config, n_sublayers=2 * config.n_layers, beta=beta)
 
-    def states(self, ids_BT: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
+    def states(
+        self, ids_BT: Tensor, caches: Sequence[KeyValueCache] | None = None, documents_BT: Tensor | None = None
+    ) -> Tensor:
         """States of the tokens; ``caches``, one a layer, hold what came before ``ids``."""
         start = caches[0].length if caches is not None else 0
-        x_BTD = self.embed(ids_BT, start)
+        places = start if documents_BT is None else document_places(documents_BT)
         blocks = caches is None and self.takes_blocks
-        mask = causal_mask(ids_BT.size(1), start, self.config.sliding_window, ids_BT.device, blocks)
-        return self.run(x_BTD, mask, caches)
+        mask = causal_mask(ids_BT.size(1), start, self.config.sliding_window, ids_BT.device, blocks, documents_BT)
+        return self.run(self.embed(ids_BT, places), mask, places, caches)
 
-    def forward(self, ids_BT: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
+    def forward(
+        self, ids_BT: Tensor, caches: Sequence[KeyValueCache] | None = None, documents_BT: Tensor | None = None
+    ) -> Tensor:
         """Likewise."""
-        return self.states(ids_BT, caches)
+        return self.states(ids_BT, caches, documents_BT)
 
 
 class Transformer(Decoder):
@@ -58,7 +64,8 @@ class Transformer(Decoder):
         config: Its shape and choices.
 
     Shapes:
-        Token ids ``(B, T)``, int64, to logits ``(B, T, V)``; ``T <= config.max_length``.
+        Token ids ``(B, T)``, int64, to logits ``(B, T, V)``; ``T <= config.max_length``. Where several documents share
+        a sequence, ``documents`` ``(B, T)`` has a number for each, and none sees another.
 
     Raises:
         ValueError: If a sequence is longer than ``config.max_length``.
@@ -74,9 +81,11 @@ class Transformer(Decoder):
     has_head = True
     head: nn.Linear
 
-    def forward(self, ids_BT: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
+    def forward(
+        self, ids_BT: Tensor, caches: Sequence[KeyValueCache] | None = None, documents_BT: Tensor | None = None
+    ) -> Tensor:
         """Logits of the token after each position; ``caches``, one a layer, hold what came before ``ids``."""
-        logits_BTV: Tensor = self.head(self.states(ids_BT, caches))
+        logits_BTV: Tensor = self.head(self.states(ids_BT, caches, documents_BT))
         return logits_BTV
 
 
@@ -89,7 +98,7 @@ class Encoder(Stack):
 
     Shapes:
         Token ids ``(B, S)``, int64, and a mask ``(B, S)`` that is true where a token is no padding, to states ``(B, S,
-        D)``; what they are where there is padding means nothing.
+        D)``; what they are where there is padding means nothing. Documents as in :class:`Decoder`.
 
     Raises:
         ValueError: If a sequence is longer than ``config.max_length``.
@@ -107,11 +116,12 @@ class Encoder(Stack):
         super().__init__(config, config.n_layers, alpha=alpha)
         initialize(self, config, n_sublayers=2 * config.n_layers, beta=beta)
 
-    def forward(self, ids_BS: Tensor, real_BS: Tensor | None = None) -> Tensor:
+    def forward(self, ids_BS: Tensor, real_BS: Tensor | None = None, documents_BS: Tensor | None = None) -> Tensor:
         """States of the tokens."""
         length, window = ids_BS.size(1), self.config.sliding_window
-        mask = bidirectional_mask(length, window, real_BS, ids_BS.device, self.takes_blocks)
-        return self.run(self.embed(ids_BS), mask)
+        places = 0 if documents_BS is None else document_places(documents_BS)
+        mask = bidirectional_mask(length, window, real_BS, ids_BS.device, self.takes_blocks, documents_BS)
+        return self.run(self.embed(ids_BS, places), mask, places)
 
 
 class EncoderDecoder(nn.Module):
@@ -168,7 +178,7 @@ class EncoderDecoder(nn.Module):
         mask = causal_mask(target_BT.size(1), start, self.config.sliding_window, target_BT.device, blocks)
         seen = None if real_BS is None else padding_mask(real_BS)
         logits_BTV: Tensor = self.head(
-            self.decoder.run(self.decoder.embed(target_BT, start), mask, caches, memory_BSD, seen)
+            self.decoder.run(self.decoder.embed(target_BT, start), mask, start, caches, memory_BSD, seen)
         )
         return logits_BTV
 

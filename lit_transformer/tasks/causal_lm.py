@@ -37,7 +37,8 @@ class LitCausalLM(LitTransformer):
 
     Shapes:
         A batch is a dict with ``input_ids`` and ``targets``, both int64 ``(B, T)``; ``targets`` are the inputs moved on
-        by one token, -100 where none counts.
+        by one token, -100 where none counts. Where several documents share a row, ``document_ids`` ``(B, T)`` has a
+        number for each, and none sees another.
 
     Raises:
         ValueError: If ``label_smoothing`` or ``z_loss`` is out of range.
@@ -71,12 +72,12 @@ class LitCausalLM(LitTransformer):
             compile_model,
         )  # fmt: skip
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Logits ``(B, T, V)`` of the token after each of ``input_ids`` ``(B, T)``."""
-        logits: Tensor = self.model(input_ids)
+        logits: Tensor = self.model(input_ids, None, document_ids)
         return logits
 
     def logits(self, batch: Batch) -> Tensor:
         """Likewise, of a batch."""
-        logits: Tensor = self(batch["input_ids"])
+        logits: Tensor = self(batch["input_ids"], batch.get("document_ids"))
         return logits

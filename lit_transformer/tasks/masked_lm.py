@@ -35,7 +35,8 @@ class LitMaskedLM(LitTransformer):
 
     Shapes:
         A batch is a dict with ``input_ids`` and ``targets``, both int64 ``(B, T)``, the latter -100 where nothing was
-        hidden; and ``attention_mask`` ``(B, T)`` if there is padding.
+        hidden; and ``attention_mask`` ``(B, T)`` if there is padding. Where several documents share a row,
+        ``document_ids`` ``(B, T)`` has a number for each, and none sees another.
 
     Raises:
         ValueError: If ``label_smoothing`` or ``z_loss`` is out of range.
@@ -69,12 +70,14 @@ class LitMaskedLM(LitTransformer):
             compile_model, MaskedTransformer,
         )  # fmt: skip
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, document_ids: Tensor | None = None
+    ) -> Tensor:
         """Logits ``(B, T, V)`` of the token at each position."""
-        logits: Tensor = self.model(input_ids, attention_mask)
+        logits: Tensor = self.model(input_ids, attention_mask, document_ids)
         return logits
 
     def logits(self, batch: Batch) -> Tensor:
         """Likewise, of a batch."""
-        logits: Tensor = self(batch["input_ids"], batch.get("attention_mask"))
+        logits: Tensor = self(batch["input_ids"], batch.get("attention_mask"), batch.get("document_ids"))
         return logits

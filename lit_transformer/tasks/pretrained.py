@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lit_transformer.distillation import Distillation
 from lit_transformer.errors import UsageError
-from lit_transformer.hugging_face import Lora, Task, build, load, reinitialize, with_lora
+from lit_transformer.hugging_face import Lora, Task, build, keeps_apart, load, reinitialize, with_lora
+from lit_transformer.nn.positions import document_places
 from lit_transformer.objectives import IGNORED, ClassObjective, Objective, TokenObjective
 from lit_transformer.optim import ParamGroups, Schedule, WarmupCosine
 from lit_transformer.task import Batch, LitTask
@@ -54,7 +55,8 @@ class LitPretrained(LitTask):
         A batch is a dict with ``input_ids`` ``(B, T)``, ``attention_mask`` if there is padding, and ``targets``: for
         classes ``(B,)`` (``(B, C)`` with ``multi_label``), for tokens ``(B, T)`` with the token that each position
         predicts, or -100; seq2seq has ``decoder_input_ids`` beside them. In place of ``targets`` there may be
-        ``labels`` as Hugging Face's collators make them.
+        ``labels`` as Hugging Face's collators make them. Causal models take ``document_ids`` ``(B, T)`` where several
+        documents share a row: they are told by places that begin at 0 again.
 
     Raises:
         ValueError: If an argument is out of range, or neither or both of ``path`` and ``architecture`` are given.
@@ -141,6 +143,8 @@ class LitPretrained(LitTask):
     def logits(self, batch: Batch) -> Tensor:
         """Likewise, of a batch."""
         inputs = {name: batch[name] for name in _INPUTS if name in batch}
+        if "document_ids" in batch:
+            inputs["position_ids"] = document_places(batch["document_ids"])
         if self.kind == "seq2seq" and "decoder_input_ids" not in inputs:
             inputs["decoder_input_ids"] = self._base().prepare_decoder_input_ids_from_labels(self.targets(batch))
         logits: Tensor = self(**inputs)
@@ -166,6 +170,11 @@ class LitPretrained(LitTask):
                     f"the data has {ours}={needed}, but the model {theirs}={there}: use the model's own tokenizer, "
                     "and no longer texts than it can take"
                 )
+        if getattr(data, "packing", False) and not (self.kind == "causal_lm" and keeps_apart(self.model)):
+            raise UsageError(
+                f"the data has packing, and in {type(self._base()).__name__} ({self.kind}) the documents of a block "
+                "would see each other; leave packing out"
+            )
         super().setup(stage)
 
     def _base(self) -> Any:

@@ -13,9 +13,9 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from helpers import make_trainer
 from lit_callbacks import ExactResume, VerifiedCheckpoint
-from lit_transformer import ClassificationData, LitClassifier, TransformerConfig
+from lit_transformer import ClassificationData, LanguageModelingData, LitCausalLM, LitClassifier, TransformerConfig
 
-WAYS = {"group_by_length": {"group_by_length": True}, "max_tokens": {}}
+WAYS = ("group_by_length", "max_tokens", "blocks", "packing")
 
 
 class Seen(Callback):
@@ -31,11 +31,18 @@ class Seen(Callback):
 def train(files, folder, way, steps, resume=None, **settings):
     """The samples of each step, on this rank."""
     ranks = settings.get("devices", 1)
-    sizes = {"batch_size": 8 // ranks} if way == "group_by_length" else {"max_tokens": 400 // ranks}
-    data = ClassificationData(files=files, token_dropout=0.1, **WAYS[way], **sizes)
+    size = {"batch_size": 8 // ranks}
+    if way == "group_by_length":
+        data = ClassificationData(files=files, token_dropout=0.1, group_by_length=True, **size)
+    elif way == "max_tokens":
+        data = ClassificationData(files=files, token_dropout=0.1, max_tokens=400 // ranks)
+    else:
+        where = {"files": files.replace("a.csv", "*.txt"), "cache_dir": str(folder / "tokens")}
+        data = LanguageModelingData(**where, block_size=32, packing=way == "packing", **size)
     config = TransformerConfig(d_model=16, n_layers=1, n_heads=2, max_length=256)
     torch.manual_seed(0)
-    task, seen = LitClassifier(config, num_labels=2, schedule=None), Seen()
+    task = LitClassifier(config, num_labels=2, schedule=None) if isinstance(data, ClassificationData) else None
+    task, seen = task or LitCausalLM(config, schedule=None), Seen()
     checkpoint = VerifiedCheckpoint(folder, "{step}", every_n_train_steps=5, save_top_k=-1)
     trainer = make_trainer(
         max_steps=steps, max_epochs=-1, enable_checkpointing=True, default_root_dir=folder, limit_val_batches=0,

@@ -184,6 +184,8 @@ def test_what_is_wrong(files):
 
 
 def test_two_ranks_train_on_what_one_does_and_resume(files, tmp_path):
+    for i in range(80):
+        (tmp_path / f"{i}.txt").write_text("some words " * (i % 9 + 1))
     ranks = two_ranks(Path(__file__).with_name("data_worker.py"), tmp_path, "data", files)
     for way in WAYS:
         alone = train(files, tmp_path / f"{way}_alone", way, 45)

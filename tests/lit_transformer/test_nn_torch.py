@@ -108,7 +108,7 @@ def test_decoder(norm_first):
     compare = same_as(theirs, ours, None, "")
     causal = nn.Transformer.generate_square_subsequent_mask(7)
     expected = theirs(target, memory, tgt_mask=causal, memory_key_padding_mask=~real, tgt_is_causal=True)
-    got = ours.decoder.run(target, "causal", None, memory, padding_mask(real))
+    got = ours.decoder.run(target, "causal", memory_BSD=memory, memory_mask=padding_mask(real))
     check(got, expected, [memory, target], compare)
 
 
@@ -125,5 +125,5 @@ def test_both(norm_first):
     padding = {"src_key_padding_mask": ~real, "memory_key_padding_mask": ~real}
     expected = theirs(source, target, tgt_mask=causal, tgt_is_causal=True, **padding)
     memory = ours.encoder.run(source, padding_mask(real))
-    got = ours.decoder.run(target, "causal", None, memory, padding_mask(real))
+    got = ours.decoder.run(target, "causal", memory_BSD=memory, memory_mask=padding_mask(real))
     check(got, expected, [source, target], compare)

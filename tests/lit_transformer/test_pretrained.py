@@ -22,6 +22,7 @@ from lit_callbacks import ExactResume, GradualUnfreezing, VerifiedCheckpoint
 from lit_transformer import ClassificationData, LitPretrained, Lora, ParamGroups, WarmupLinear
 from lit_transformer.cli import main
 from lit_transformer.errors import UsageError
+from lit_transformer.hugging_face import keeps_apart
 
 
 @pytest.fixture(scope="module")
@@ -339,3 +340,33 @@ def test_on_a_real_task_stages_move_what_they_should_and_it_learns(tmp_path):
         assert again["val/accuracy"] == metrics["val/accuracy"]
         assert all(torch.equal(p, task.state_dict()[name]) for name, p in resumed.state_dict().items())
         moved = stages
+
+
+class Packed(LightningDataModule):
+    packing, vocab_size = True, 50
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Llama"])
+def test_documents_that_share_a_block_are_told_apart(family, tmp_path):
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    tokens = {"vocab_size": 50, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 0}
+    config = getattr(hf, f"{family}Config")(**small, **tokens)
+    if family == "GPT2":
+        config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+    task = LitPretrained(architecture=config.to_dict(), schedule=None)
+    ids, number = torch.randint(50, (2, 10)), torch.tensor([[0] * 4 + [1] * 6] * 2)
+    alone = torch.cat([task.logits({"input_ids": part}) for part in ids.split([4, 6], dim=1)], dim=1)
+    torch.testing.assert_close(task.logits({"input_ids": ids, "document_ids": number}), alone)
+    assert keeps_apart(task.model)
+    assert task.model.training
+
+
+def test_models_whose_documents_would_see_each_other_are_refused(tmp_path):
+    small = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "bos_token_id": 0, "eos_token_id": 0}
+    config = hf.OPTConfig(num_hidden_layers=1, ffn_dim=32, word_embed_proj_dim=16, **small)
+    for task in (
+        LitPretrained(architecture=config.to_dict(), schedule=None),
+        LitPretrained(save_bert(tmp_path / "bert"), task="masked_lm", schedule=None),
+    ):
+        with pytest.raises(UsageError, match="the documents of a block would see each other; leave packing out"):
+            make_trainer(max_steps=1, default_root_dir=tmp_path).fit(task, Packed())

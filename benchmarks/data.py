@@ -2,7 +2,8 @@
 
 Blocks from a memory-mapped array: our training loader, a plain DataLoader, and nanoGPT's get_batch, in turn. Then
 texts of three distributions of lengths, in batches of 32, of 32 x 256 tokens, or packed into blocks as long as the
-longest. One process, no workers, its CPU time.
+longest. At last every way to read the embedded corpus, and what of it the model of configs/default.yaml can train on.
+One process, no workers, its CPU time.
 
     python benchmarks/data.py
 """
@@ -12,18 +13,28 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lit_transformer import LitCausalLM, TransformerConfig
+from lit_transformer.data import (
+    ClassificationData,
+    LanguageModelingData,
+    MaskedLanguageModelingData,
+    SequencePairData,
+)
 from lit_transformer.data.classification import LabelledTexts
 from lit_transformer.data.grouped import GroupedStream, padding
 from lit_transformer.data.loader import Blocks, TrainingLoader
 from lit_transformer.data.order import SampleStream
 from lit_transformer.data.packed import PackedBlocks
+from lit_transformer.data.resumable import ResumableData
 
 TOKENS, BLOCK, ROUNDS, BATCHES = 20_000_000, 256, 9, 200
 
@@ -128,6 +139,61 @@ def texts(folder: str) -> None:
         print(f"{name:>35}" + "".join(f"{cell:>28}" for cell in cells))
 
 
+PATHS: dict[str, Callable[[str], ResumableData]] = {
+    "blocks": lambda cache: LanguageModelingData(batch_size=8, cache_dir=cache),
+    "blocks, packing": lambda cache: LanguageModelingData(batch_size=8, packing=True, cache_dir=cache),
+    "masked": lambda cache: MaskedLanguageModelingData(batch_size=8, cache_dir=cache),
+    "masked, packing": lambda cache: MaskedLanguageModelingData(batch_size=8, packing=True, cache_dir=cache),
+    "classes": lambda _: ClassificationData(max_length=256),
+    "classes, group_by_length": lambda _: ClassificationData(max_length=256, group_by_length=True),
+    "classes, max_tokens": lambda _: ClassificationData(max_length=256, max_tokens=8192),
+    "classes, token_dropout": lambda _: ClassificationData(max_length=256, token_dropout=0.1),
+    "pairs": lambda _: SequencePairData(),
+    "pairs, group_by_length": lambda _: SequencePairData(group_by_length=True),
+}
+
+
+def real_tokens(batch: dict[str, Tensor]) -> int:
+    """Tokens that are no padding."""
+    targets = batch["targets"]
+    if "attention_mask" not in batch:
+        return targets.numel() if "document_ids" not in batch else int((batch["document_ids"] >= 0).sum())
+    return int(batch["attention_mask"].sum()) + (int((targets != -100).sum()) if targets.ndim == 2 else 0)
+
+
+def consumed(batch_size: int = 8, steps: int = 20) -> float:
+    """Median tokens per CPU second that the default model trains on."""
+    shape = yaml.safe_load((Path(__file__).parents[1] / "configs/default.yaml").read_text())["model"]["init_args"]
+    task = LitCausalLM(TransformerConfig(vocab_size=256, **shape["config"]))
+    optimizer = torch.optim.AdamW(task.parameters())
+    ids = torch.randint(256, (batch_size, BLOCK))
+    seconds = []
+    for _ in range(steps):
+        start = time.process_time()
+        task.training_loss({"input_ids": ids, "targets": ids}).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.process_time() - start)
+    return batch_size * BLOCK / statistics.median(seconds)
+
+
+def paths(folder: str) -> None:
+    """Print tokens a second, padding not counted, of each data module."""
+    model = consumed()
+    print(f"\n{'the default model takes':>28}{model / 1e3:>10.1f} ktok/s")
+    for name, make in PATHS.items():
+        data = make(folder)
+        data.setup()
+        rates = []
+        for _ in range(ROUNDS):
+            start, tokens = time.process_time(), 0
+            for batch in islice(data.train_dataloader(), BATCHES // 2):
+                tokens += real_tokens(batch)
+            rates.append(tokens / (time.process_time() - start))
+        rate = statistics.median(rates)
+        print(f"{name:>28}{rate / 1e6:>10.1f} Mtok/s {rate / model:>10,.0f}x the default model")
+
+
 def main() -> None:
     """Print the tables."""
     torch.set_num_threads(1)
@@ -145,6 +211,7 @@ def main() -> None:
             cells = [f"{rate / 1e6:.0f} Mtok/s" for rate in rates.values()] + ratios
             print(f"{f'{batch_size} x {BLOCK}':>18}" + "".join(f"{cell:>18}" for cell in cells))
         texts(folder)
+        paths(folder)
 
 
 if __name__ == "__main__":

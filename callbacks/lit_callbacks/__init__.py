@@ -21,6 +21,7 @@ from lit_callbacks.non_finite_autopsy import NonFiniteAutopsy
 from lit_callbacks.non_finite_guard import NonFiniteError, NonFiniteGuard
 from lit_callbacks.parameter_stats_logger import ParameterStatsLogger
 from lit_callbacks.recipe_check import RecipeCheck
+from lit_callbacks.sequence_length_curriculum import SequenceLengthCurriculum
 from lit_callbacks.shielding import shield
 from lit_callbacks.throughput_logger import ThroughputLogger
 from lit_callbacks.verified_checkpoint import VerifiedCheckpoint
@@ -46,6 +47,7 @@ __all__ = [
     "NonFiniteGuard",
     "ParameterStatsLogger",
     "RecipeCheck",
+    "SequenceLengthCurriculum",
     "SetupError",
     "ThroughputLogger",
     "VerifiedCheckpoint",

@@ -58,6 +58,15 @@ class HasOpenAnomaly(Protocol):
 
 
 @runtime_checkable
+class CanExpectShift(Protocol):
+    """A callback that judges losses, and can be told of another level by whoever changes the data on purpose."""
+
+    def expect_shift(self) -> None:
+        """The loss is about to change. To be called on all ranks."""
+        ...
+
+
+@runtime_checkable
 class HasFingerprint(Protocol):
     """Knows what its samples and their order hang on, so that a run does not go on with others unnoticed.
 

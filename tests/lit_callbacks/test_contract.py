@@ -47,6 +47,7 @@ OTHER = {
     "GradualUnfreezing": {"epochs": [1]},
     "Heartbeat": {"every_seconds": 2.0},
     "RecipeCheck": {"not_learning_after": 2, "silence": ["no-warmup"]},
+    "SequenceLengthCurriculum": {"start": 3, "growth": 2, "grow_every_n_steps": 2, "multiple_of": 1},
     "VerifiedCheckpoint": {"every_n_train_steps": 3},
 }
 BAD = {
@@ -86,10 +87,21 @@ BAD = {
     "Heartbeat": [{"every_seconds": 0.0}, {"hang_seconds": 0.0}, {"hang_factor": 1.0}],
     "GradualUnfreezing": [{"stages": []}, {"epochs": [0]}, {"lr_scales": [1.0]}],
     "GracefulShutdown": [{"time_limit": 0.0}, {"grace_seconds": 0.0}],
+    "SequenceLengthCurriculum": [
+        {"start": 0},
+        {"growth": 0},
+        {"grow_every_n_steps": 0},
+        {"grow_every_n_epochs": -1},
+        {"grow_every_n_steps": 5, "grow_every_n_epochs": 1},
+        {"max_length": 64},
+        {"multiple_of": 0},
+        {"keys": []},
+        {"every_n_steps": 0},
+    ],
     "VerifiedCheckpoint": [{"save_top_k": 0}, {"max_failures": 0}],
 }
 FAULT = {5: "nan"}
-ALONE = {"AdaptiveGradientClipping", "LossSpikeRecovery"}  # two in one trainer are refused
+ALONE = {"AdaptiveGradientClipping", "LossSpikeRecovery", "SequenceLengthCurriculum"}  # two in one trainer are refused
 
 each = pytest.mark.parametrize("cls", CALLBACKS)
 each_observer = pytest.mark.parametrize("cls", OBSERVERS)
@@ -145,7 +157,7 @@ def test_arguments_have_defaults_plain_annotations_and_attributes_of_their_name(
     for name, parameter in inspect.signature(cls).parameters.items():
         assert getattr(callback, name) == parameter.default
     hints = typing.get_type_hints(cls.__init__)
-    plain = {int, float, str, bool, type(None), str | None, float | None, SpikeRule | None}
+    plain = {int, float, str, bool, type(None), int | None, str | None, float | None, SpikeRule | None}
     plain |= {list[str] | None, list[int] | None, list[float] | None}
     assert set(hints.values()) <= plain
 

@@ -330,3 +330,26 @@ def test_batches_that_the_step_draws_itself_are_refused(tmp_path):
 
     with pytest.raises(ValueError, match="cannot cut batches that training_step draws itself"):
         fit(tmp_path, {"start": 3}, module=Draws())
+
+
+def test_a_step_on_tuples_gets_what_is_left_after_the_modules_own_hooks(tmp_path):
+    class Pairs(TinyLM):
+        seen = ()
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            (ids,) = batch
+            return ids[:, :-1], ids[:, 1:]  # eight tokens, and targets that move on by one
+
+        def training_step(self, batch, batch_idx):
+            ids, targets = batch
+            self.seen = (*self.seen, tuple(targets.shape))
+            assert torch.equal(ids[:, 1:], targets[:, :-1])
+            return F.cross_entropy(self.head(self.hidden(self.embedding(ids))).transpose(1, 2), targets)
+
+    sequences = torch.randint(32, (8, 9), generator=torch.Generator().manual_seed(0))
+    data = DataLoader(torch.utils.data.TensorDataset(sequences), 4)
+    module = Pairs()
+    curriculum = {"start": 2, "growth": 2, "multiple_of": 1, "keep_tokens": True}
+    trainer = make_trainer(default_root_dir=tmp_path, max_epochs=4, callbacks=[SequenceLengthCurriculum(**curriculum)])
+    trainer.fit(module, data)
+    assert module.seen == ((16, 2),) * 2 + ((8, 4),) * 4 + ((4, 8),) * 2

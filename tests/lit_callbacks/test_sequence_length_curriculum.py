@@ -184,8 +184,9 @@ def test_the_loss_of_a_folded_batch_is_that_of_its_pieces():
     ids = torch.randint(11, (3, 9), generator=torch.Generator().manual_seed(0))
     targets, weights = ids[:, 1:].clone(), torch.tensor([1.0, 2.0, 0.5])
     targets[0, 1] = -100
-    batch = {"input_ids": ids[:, :-1], "targets": targets, "sample_weights": weights, "sample_ids": torch.arange(3)}
-    logits = task(ids[:, :-1].reshape(6, 4))
+    documents = torch.tensor([[0] * 3 + [1] * 5, [0] * 8, [0] * 2 + [1] * 4 + [2] * 2])  # no one of which sees another
+    batch = {"input_ids": ids[:, :-1], "targets": targets, "document_ids": documents, "sample_weights": weights}
+    logits = task(ids[:, :-1].reshape(6, 4), documents.reshape(6, 4))
     nats = F.cross_entropy(logits.transpose(1, 2), targets.reshape(6, 4), reduction="none")
     counted = (targets.reshape(6, 4) != -100) * torch.tensor([1.0, 1.0, 2.0, 2.0, 0.5, 0.5])[:, None]
     expected = (nats * counted).sum() / counted.sum()

@@ -49,8 +49,8 @@ class SequenceLengthCurriculum(Actor):
     All callbacks see a batch as it is trained on: :class:`~lit_callbacks.ThroughputLogger` counts its tokens (and takes
     FLOPs for proportional to them), and :class:`~lit_callbacks.LossSpikeRecovery` runs it again. Where the length grows
     by a fifth or more, the latter is told to expect another loss: eight times the length at once would have cost it
-    eleven skipped steps. Under ``torch.compile`` a new length may be compiled anew, until torch takes it for dynamic:
-    let it grow seldom, by much.
+    eleven skipped steps. ``torch.compile`` compiles once or twice more, and that serves all lengths, unless shapes are
+    static (``dynamic=False``): then let it grow seldom, by much.
 
     Logs, every ``every_n_steps`` optimizer steps:
         curriculum/sequence_length: tokens of a sample.

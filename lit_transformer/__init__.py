@@ -1,9 +1,12 @@
 """Stable transformer training on PyTorch Lightning."""
 
 from lit_transformer.data import (
+    Augmentation,
+    BackTranslation,
     ClassificationData,
     LanguageModelingData,
     MaskedLanguageModelingData,
+    SentenceShuffle,
     SequencePairData,
 )
 from lit_transformer.distillation import Distillation
@@ -30,6 +33,8 @@ from lit_transformer.task import LitTask
 from lit_transformer.tasks import LitCausalLM, LitClassifier, LitMaskedLM, LitPretrained, LitSeq2Seq
 
 __all__ = [
+    "Augmentation",
+    "BackTranslation",
     "ClassificationData",
     "Distillation",
     "LanguageModelingData",
@@ -48,6 +53,7 @@ __all__ = [
     "Override",
     "ParamGroups",
     "Schedule",
+    "SentenceShuffle",
     "SequencePairData",
     "Transformer",
     "TransformerConfig",

@@ -50,3 +50,15 @@ def save_t5(folder):
     shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
     hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=50, decoder_start_token_id=0, **shape)).save_pretrained(folder)
     return str(folder)
+
+
+def save_bart(folder, seed=0):
+    """A sequence-to-sequence model that makes other words of other words, with a tokenizer as that of `save_bert`."""
+    save_bert(folder)
+    torch.manual_seed(seed)
+    shape = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "init_std": 1.0}
+    tokens = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 3}
+    config = hf.BartConfig(vocab_size=50, max_position_embeddings=32, forced_eos_token_id=3, **shape, **heads, **tokens)
+    hf.BartForConditionalGeneration(config).save_pretrained(folder)
+    return str(folder)

@@ -1,8 +1,19 @@
 """Data modules, and the text, tokenizers, order and loaders under them."""
 
+from lit_transformer.data.augment import Augmentation
+from lit_transformer.data.back_translation import BackTranslation
 from lit_transformer.data.classification import ClassificationData
 from lit_transformer.data.language_modeling import LanguageModelingData
 from lit_transformer.data.masked import MaskedLanguageModelingData
+from lit_transformer.data.sentence_shuffle import SentenceShuffle
 from lit_transformer.data.sequence_pairs import SequencePairData
 
-__all__ = ["ClassificationData", "LanguageModelingData", "MaskedLanguageModelingData", "SequencePairData"]
+__all__ = [
+    "Augmentation",
+    "BackTranslation",
+    "ClassificationData",
+    "LanguageModelingData",
+    "MaskedLanguageModelingData",
+    "SentenceShuffle",
+    "SequencePairData",
+]

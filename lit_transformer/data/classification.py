@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 from lit_transformer.data import corpus
+from lit_transformer.data.augment import Augmentation, Augmenter, checked
+from lit_transformer.data.augment_specs import say
 from lit_transformer.data.baselines import Baseline, bag_of_words
 from lit_transformer.data.encoder import Encoder
 from lit_transformer.data.functions import Sample, functions, largest_packages, split_packages
@@ -44,12 +46,15 @@ class LabelledTexts(Samples):
     ) -> None:
         super().__init__(name)
         self.token_dropout, self.seed = token_dropout, seed
+        self.augmenter: Augmenter | None = None  # of the training samples, if there are augmentations
         self.pad_id = pad_id
         self.targets = np.array(targets, dtype=np.int64)
         self.texts = Ragged(tokens)
 
     def augment(self, batch: Batch, draws: Ids) -> Batch:
-        """Take some tokens out."""
+        """Change the texts, and take some tokens out."""
+        if self.augmenter is not None:
+            batch = self.augmenter(batch, draws)
         return drop_tokens(batch, draws, self.token_dropout, self.seed, self.pad_id)
 
     def __len__(self) -> int:
@@ -105,7 +110,10 @@ class ClassificationData(ResumableData):
         persistent_workers: Keep workers over epochs.
         pin_memory: Page-locked batches; if ``None``, when training on CUDA.
         token_dropout: Share of the texts' tokens that are taken out in training, others each time.
-        seed: Seed of the sample order, of what is held out, and of what is taken out.
+        augmentations: What makes another text of a text each time it is trained on, one after the other: see
+            :class:`~lit_transformer.data.Augmentation`. Batches are grouped by the lengths before it, so that one of
+            ``max_tokens`` may have more.
+        seed: Seed of the sample order, of what is held out, of what is taken out, and of what augmentations draw.
 
     Shapes:
         See :class:`LabelledTexts`.
@@ -142,14 +150,16 @@ class ClassificationData(ResumableData):
         persistent_workers: bool = False,
         pin_memory: bool | None = None,
         token_dropout: float = 0.0,
+        augmentations: list[Augmentation] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, seed, group_by_length, max_tokens)
         # As in LanguageModelingData: Lightning's own look at the frame leaves a cycle.
-        self.save_hyperparameters(logger=False, frame=inspect.currentframe())
+        self.save_hyperparameters(logger=False, ignore="augmentations", frame=inspect.currentframe())
         self._check_settings(max_length=1, max_tokens=1, bpe_vocab_size=257)
         self.max_length = max_length
         check_rate(token_dropout)
+        self._augmentations, self.hparams["augmentations"] = checked(augmentations)
         self.fractions = {"validation": val_fraction, "test": test_fraction}
         self._splits: dict[str, LabelledTexts] = {}
         self._digest = ""
@@ -227,10 +237,20 @@ class ClassificationData(ResumableData):
                 )
                 if name == "train":
                     self._digest = texts.digest()
+                    if self._augmentations:
+                        training = [text for text, _ in samples]
+                        texts.augmenter = Augmenter(self._augmentations, training, self.encoder, self._stream.seed)
         self._stream_over(self._splits["train"])
+        if (augmenter := self._splits["train"].augmenter) is not None:
+            augmenter.prepare(stage)
 
     def _meaning(self) -> dict[str, Any]:
-        return {"seed": self._stream.seed, "token_dropout": self.hparams["token_dropout"], "digest": self._digest}
+        return {
+            "seed": self._stream.seed,
+            "token_dropout": self.hparams["token_dropout"],
+            "augmentations": say(self.hparams["augmentations"]),
+            "digest": self._digest,
+        }
 
 
 def stratified(samples: list[Sample], fractions: dict[str, float], seed: int) -> dict[str, list[Sample]]:

@@ -1,0 +1,130 @@
+"""Texts said in other words by a detour through another language."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning_utilities.core.rank_zero import rank_zero_info
+
+from lit_transformer.data.augment_specs import name_of
+from lit_transformer.data.sentence_shuffle import check_probability
+from lit_transformer.data.translators import Translator, load_translator
+from lit_transformer.errors import UsageError
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class BackTranslation:
+    """Translate a text into another language and back (Sennrich et al. 2016; for paraphrases, Yu et al. 2018, QANet).
+
+    All training texts are translated before training, each once, in batches of like length. Several processes share
+    the work. With translators that are models, one is in memory at a time, and none in training.
+
+    Args:
+        to: Translates into the other language: a checkpoint of :class:`~lit_transformer.LitSeq2Seq`, the folder or name
+            of a Hugging Face model for one pair of languages, or anything that makes of a list of texts a list of
+            translations.
+        back: Translates from it.
+        probability: Of a change, each time a text is trained on.
+        batch_size: Texts to translate at once.
+
+    Raises:
+        UsageError: If an argument is out of range; when texts are translated, if a translator cannot be loaded, fails,
+            or returns something else.
+
+    Cost: two translations of each training text, also when a run is resumed, and the memory for the result, as much
+    as the texts take; what comes back empty stays as it was. In training, a look into a table.
+
+    Example:
+        >>> swap = BackTranslation(lambda texts: [t.upper() for t in texts], lambda texts: [t.title() for t in texts])
+        >>> swap.prepare(["to be or not", "to be"])
+        ['To Be', 'To Be Or Not']
+        >>> sorted({swap("to be", np.random.default_rng(seed)) for seed in range(9)})
+        ['To Be', 'to be']
+    """
+
+    def __init__(
+        self, to: str | Translator, back: str | Translator, probability: float = 0.5, batch_size: int = 32
+    ) -> None:
+        check_probability(probability)
+        if batch_size < 1:
+            raise UsageError(f"batch_size must be at least 1, got {batch_size}")
+        self.to, self.back, self.probability, self.batch_size = to, back, probability, batch_size
+        self._made: dict[str, str] = {}
+
+    def prepare(self, texts: Sequence[str]) -> list[str]:
+        """Translate what is new, and return what the texts become."""
+        new = sorted(set(texts) - self._made.keys(), key=lambda text: (len(text), text))
+        if new:
+            with torch.random.fork_rng(devices=[]):  # a model that is loaded begins with random weights
+                made = _shared(new, self._there_and_back)
+            self._made |= {text: again.strip() or text for text, again in zip(new, made, strict=True)}
+            same = sum(self._made[text] == text for text in new)
+            rank_zero_info(f"Back-translation: {len(new):,} texts, of which {same:,} are as they were.")
+        return sorted({self._made[text] for text in texts} - set(texts))
+
+    def __call__(self, text: str, generator: np.random.Generator) -> str:
+        """The text, or its translation back."""
+        if generator.random() >= self.probability:
+            return text
+        if text not in self._made:
+            raise UsageError("it has not been translated; set up the data for fit, with this augmentation in front")
+        return self._made[text]
+
+    def _there_and_back(self, texts: list[str]) -> list[str]:
+        return self._translate(self.back, self._translate(self.to, texts, "there"), "back")
+
+    def _translate(self, translator: str | Translator, texts: list[str], way: str) -> list[str]:
+        """The translation of each text; nothing of nothing."""
+        if not texts:
+            return []
+        said_at = time.monotonic()
+        translate = load_translator(translator) if isinstance(translator, str) else translator
+        found: list[str] = []
+        for start in range(0, len(texts), self.batch_size):
+            batch = texts[start : start + self.batch_size]
+            if asked := [text for text in batch if text.strip()]:
+                answers = iter(_checked(translator, translate, asked))
+            found += [next(answers) if text.strip() else "" for text in batch]
+            if time.monotonic() - said_at > _SECONDS_BETWEEN_LINES:
+                said_at = time.monotonic()
+                rank_zero_info(f"Back-translation, {way}: {len(found):,} of {len(texts):,} texts.")
+        return found
+
+
+def _checked(translator: str | Translator, translate: Translator, texts: list[str]) -> list[str]:
+    """What a translator makes of some texts."""
+    name = translator if isinstance(translator, str) else name_of(translator)
+    try:
+        found: Any = translate(list(texts))
+    except Exception as error:
+        raise UsageError(
+            f"the translator {name} failed on {texts[0]!r:.64}: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(found, list) or len(found) != len(texts) or not all(isinstance(text, str) for text in found):
+        raise UsageError(
+            f"expected the translator {name} to return a list of {len(texts)} texts for as many, got {found!r:.64}"
+        )
+    return list(found)
+
+
+def _shared(texts: list[str], make: Callable[[list[str]], list[str]]) -> list[str]:
+    """What is made of the texts, every process a share of them; if one fails, all do."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return make(texts)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    try:
+        mine: list[str] | UsageError = make(texts[rank::size])
+    except UsageError as error:
+        mine = error
+    shares: list[Any] = [None] * size
+    dist.all_gather_object(shares, mine)
+    found = [""] * len(texts)
+    for i, share in enumerate(shares):
+        if isinstance(share, UsageError):
+            raise share
+        found[i::size] = share
+    return found

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lit_transformer.data.augment_specs import name_of
+from lit_transformer.data.remembered import Remembered
 from lit_transformer.data.sentence_shuffle import check_probability
 from lit_transformer.data.translators import Translator, load_translator
 from lit_transformer.errors import UsageError
@@ -21,7 +23,8 @@ class BackTranslation:
     """Translate a text into another language and back (Sennrich et al. 2016; for paraphrases, Yu et al. 2018, QANet).
 
     All training texts are translated before training, each once, in batches of like length. Several processes share
-    the work. With translators that are models, one is in memory at a time, and none in training.
+    the work. With translators that are models, one is in memory at a time, and none in training. What a text becomes
+    goes into ``file``, if there is one, so that a run that is resumed, on another machine, too, has it from there.
 
     Args:
         to: Translates into the other language: a checkpoint of :class:`~lit_transformer.LitSeq2Seq`, the folder or name
@@ -30,13 +33,14 @@ class BackTranslation:
         back: Translates from it.
         probability: Of a change, each time a text is trained on.
         batch_size: Texts to translate at once.
+        file: Where to keep what texts become, as JSON lines; for one pair of translators.
 
     Raises:
         UsageError: If an argument is out of range; when texts are translated, if a translator cannot be loaded, fails,
-            or returns something else.
+            or returns something else, or if the file is of other translators.
 
-    Cost: two translations of each training text, also when a run is resumed, and the memory for the result, as much
-    as the texts take; what comes back empty stays as it was. In training, a look into a table.
+    Cost: two translations of each training text, without a file also when a run is resumed, and the memory for the
+    result, as much as the texts take; what comes back empty stays as it was. In training, a look into a table.
 
     Example:
         >>> swap = BackTranslation(lambda texts: [t.upper() for t in texts], lambda texts: [t.title() for t in texts])
@@ -47,23 +51,35 @@ class BackTranslation:
     """
 
     def __init__(
-        self, to: str | Translator, back: str | Translator, probability: float = 0.5, batch_size: int = 32
+        self,
+        to: str | Translator,
+        back: str | Translator,
+        probability: float = 0.5,
+        batch_size: int = 32,
+        file: str | None = None,
     ) -> None:
         check_probability(probability)
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, got {batch_size}")
-        self.to, self.back, self.probability, self.batch_size = to, back, probability, batch_size
+        self.to, self.back, self.probability, self.batch_size, self.file = to, back, probability, batch_size, file
         self._made: dict[str, str] = {}
 
     def prepare(self, texts: Sequence[str]) -> list[str]:
         """Translate what is new, and return what the texts become."""
+        remembered = None if self.file is None else Remembered(Path(self.file), [_name(self.to), _name(self.back)])
+        if remembered is not None and not self._made:
+            self._made = _gathered(lambda rank, ranks: {} if rank else remembered.read())[0]
         new = sorted(set(texts) - self._made.keys(), key=lambda text: (len(text), text))
         if new:
             with torch.random.fork_rng(devices=[]):  # a model that is loaded begins with random weights
-                made = _shared(new, self._there_and_back)
-            self._made |= {text: again.strip() or text for text, again in zip(new, made, strict=True)}
+                shares = _gathered(lambda rank, ranks: self._there_and_back(new[rank::ranks]))
+            for rank, share in enumerate(shares):
+                pairs = zip(new[rank :: len(shares)], share, strict=True)
+                self._made |= {text: again.strip() or text for text, again in pairs}
             same = sum(self._made[text] == text for text in new)
             rank_zero_info(f"Back-translation: {len(new):,} texts, of which {same:,} are as they were.")
+            if remembered is not None:
+                _gathered(lambda rank, ranks: None if rank else remembered.write(self._made))
         return sorted({self._made[text] for text in texts} - set(texts))
 
     def __call__(self, text: str, generator: np.random.Generator) -> str:
@@ -97,7 +113,7 @@ class BackTranslation:
 
 def _checked(translator: str | Translator, translate: Translator, texts: list[str]) -> list[str]:
     """What a translator makes of some texts."""
-    name = translator if isinstance(translator, str) else name_of(translator)
+    name = _name(translator)
     try:
         found: Any = translate(list(texts))
     except Exception as error:
@@ -111,20 +127,22 @@ def _checked(translator: str | Translator, translate: Translator, texts: list[st
     return list(found)
 
 
-def _shared(texts: list[str], make: Callable[[list[str]], list[str]]) -> list[str]:
-    """What is made of the texts, every process a share of them; if one fails, all do."""
+def _name(translator: str | Translator) -> str:
+    return translator if isinstance(translator, str) else name_of(translator)
+
+
+def _gathered(make: Callable[[int, int], Any]) -> list[Any]:
+    """What each process makes, given its rank and how many there are; if one fails, all do."""
     if not (dist.is_available() and dist.is_initialized()):
-        return make(texts)
-    rank, size = dist.get_rank(), dist.get_world_size()
+        return [make(0, 1)]
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     try:
-        mine: list[str] | UsageError = make(texts[rank::size])
+        mine = make(rank, ranks)
     except UsageError as error:
         mine = error
-    shares: list[Any] = [None] * size
-    dist.all_gather_object(shares, mine)
-    found = [""] * len(texts)
-    for i, share in enumerate(shares):
-        if isinstance(share, UsageError):
-            raise share
-        found[i::size] = share
+    found: list[Any] = [None] * ranks
+    dist.all_gather_object(found, mine)
+    for part in found:
+        if isinstance(part, UsageError):
+            raise part
     return found

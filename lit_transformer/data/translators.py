@@ -78,7 +78,12 @@ def _hugging_face(path: str) -> Translator:
     if fresh:
         raise UsageError(f"the translator {path} lacks the weights {', '.join(fresh)}: it would write at random")
     longest = getattr(model.config, "max_position_embeddings", None) or _LONGEST
-    encoder = Encoder(path, longest)
+    encoder, tokens = Encoder(path, longest), model.config.vocab_size
+    if not tokens / 2 < encoder.vocab_size <= tokens:  # transformers makes up one of a few tokens where there is none
+        raise UsageError(
+            f"the translator {path} knows {tokens} tokens, and its tokenizer has {encoder.vocab_size}: save the "
+            "tokenizer that it was trained with in the same folder"
+        )
     model.eval().to(_device())
     model.generation_config.max_length = None  # 20 by default, and a warning beside max_new_tokens
 

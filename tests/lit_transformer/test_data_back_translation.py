@@ -11,7 +11,7 @@ import torch.distributed as dist
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from helpers import make_trainer
-from hf_models import save_bart, save_bert
+from hf_models import save_bart, save_bert, save_t5
 from lit_transformer import BackTranslation, LitSeq2Seq, SentenceShuffle, SequencePairData, TransformerConfig
 from lit_transformer.data.augment_specs import to_spec
 from lit_transformer.data.translators import load_translator
@@ -117,12 +117,46 @@ def test_two_of_them_translate_what_the_other_makes():
     assert second(first("a", np.random.default_rng(0)), np.random.default_rng(0)) == "a12"
 
 
+def test_a_file_remembers_for_the_next_run(tmp_path):
+    file, mark = tmp_path / "new" / "a.jsonl", Translator(" é\n.")
+    BackTranslation(mark, as_it_is, 1.0, file=str(file)).prepare(["a"])
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[0]) == [f"{__name__}.Translator", f"{__name__}.as_it_is"]
+    assert [json.loads(line) for line in lines[1:]] == [["a", "a é\n."]]
+    asked = len(mark.asked)
+    again = BackTranslation(mark, as_it_is, 1.0, file=str(file))
+    assert again.prepare(["a"]) == ["a é\n."]
+    assert len(mark.asked) == asked
+    assert again.prepare(["a", "b"]) == ["a é\n.", "b é\n."]
+    assert mark.asked[asked:] == [["b"]]
+    assert len(file.read_text(encoding="utf-8").splitlines()) == 3
+    assert [path.name for path in file.parent.iterdir()] == ["a.jsonl"]
+    with pytest.raises(UsageError, match=r"expected in .*a\.jsonl what \['other/model', .* have made, got texts of"):
+        BackTranslation("other/model", mark, file=str(file)).prepare(["a"])
+    file.write_text("no JSON")
+    with pytest.raises(UsageError, match=r"a\.jsonl cannot be read as JSON lines of texts: .*; name another file"):
+        BackTranslation(mark, as_it_is, file=str(file)).prepare(["a"])
+    taken = BackTranslation(mark, as_it_is, file=str(file / "b.jsonl"))
+    with pytest.warns(UserWarning, match="cannot be kept in"):
+        taken.prepare(["a"])
+
+
+def as_it_is(texts):
+    return texts
+
+
 def one_of_two(rank, folder):
     """A process that translates; one of them cannot do it the second time."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     to = Translator("")
-    augmentation = BackTranslation(lambda texts: 1 / 0 if "dddd" in texts else to(texts), Translator("!"))
-    found = {"made": augmentation.prepare(["ccc", "a", "bb"]), "asked": to.asked, "error": ""}
+    file = folder / f"of_rank_{rank}.jsonl"  # which of the two has it is told to the other
+    if rank == 0:
+        file.write_text(
+            json.dumps([f"{__name__}.one_of_two.<locals>.<lambda>", f"{__name__}.Translator"]) + '\n["f", "g"]\n'
+        )
+    do = lambda texts: 1 / 0 if "dddd" in texts else to(texts)  # noqa: E731
+    augmentation = BackTranslation(do, Translator("!"), file=str(file))
+    found = {"made": augmentation.prepare(["f", "ccc", "a", "bb"]), "asked": to.asked, "error": ""}
     try:
         augmentation.prepare(["e", "dddd"])
     except UsageError as error:
@@ -142,17 +176,18 @@ def test_two_ranks_share_the_work_and_learn_of_an_error(tmp_path):
         process.join(60)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert [rank["asked"] for rank in found] == [[["a", "ccc"], ["e"]], [["bb"]]]
-    assert [rank["made"] for rank in found] == [["a!", "bb!", "ccc!"]] * 2
+    assert [rank["made"] for rank in found] == [["a!", "bb!", "ccc!", "g"]] * 2
+    assert [(tmp_path / f"of_rank_{rank}.jsonl").exists() for rank in range(2)] == [True, False]
     assert ["ZeroDivisionError" in rank["error"] for rank in found] == [True, True]
 
 
 def test_what_a_checkpoint_says_of_it():
     augmentation = BackTranslation("a/b", "c/d", 0.3)
-    arguments = {"to": "a/b", "back": "c/d", "probability": 0.3, "batch_size": 32}
+    arguments = {"to": "a/b", "back": "c/d", "probability": 0.3, "batch_size": 32, "file": None}
     path = "lit_transformer.data.back_translation.BackTranslation"
     assert to_spec(augmentation) == {"class_path": path, "init_args": arguments}
     name = f"{__name__}.Translator"
-    expected = f"{path}(to='a/b', back={name}, probability=0.5, batch_size=32)"
+    expected = f"{path}(to='a/b', back={name}, probability=0.5, batch_size=32, file=None)"
     assert to_spec(BackTranslation("a/b", len)) == expected.replace(name, "builtins.len")
 
 
@@ -172,6 +207,8 @@ def test_what_is_wrong(tmp_path, ours):
         prepare("no/such/model")
     with pytest.raises(UsageError, match="is a bert, which is no model for seq2seq"):
         prepare(save_bert(tmp_path / "bert"))
+    with pytest.raises(UsageError, match="knows 50 tokens, and its tokenizer has 104: save the tokenizer"):
+        prepare(save_t5(tmp_path / "t5"))
     contents = torch.load(ours[0], weights_only=True)
     for key, message in (("SequencePairData", "does not hold the tokenizer"), ("hyper_parameters", "not a checkpoint")):
         torch.save({name: value for name, value in contents.items() if name != key}, tmp_path / "a.ckpt")

@@ -29,7 +29,7 @@ class BackTranslation:
     Args:
         to: Translates into the other language: a checkpoint of :class:`~lit_transformer.LitSeq2Seq`, the folder or name
             of a Hugging Face model for one pair of languages, or anything that makes of a list of texts a list of
-            translations.
+            translations; in a configuration, a class whose instances do.
         back: Translates from it.
         probability: Of a change, each time a text is trained on.
         batch_size: Texts to translate at once.

@@ -278,6 +278,14 @@ def shout(text: str, generator: np.random.Generator) -> str:
     return text.upper() if generator.random() < 0.5 else text
 
 
+class Mark:
+    def __init__(self, mark: str) -> None:
+        self.mark = mark
+
+    def __call__(self, texts: list[str]) -> list[str]:
+        return [text + self.mark for text in texts]
+
+
 class Repeat:
     def __init__(self, times: int = 2) -> None:
         self.times = times
@@ -292,7 +300,10 @@ def test_from_the_command_line(files, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.delitem(sys.modules, "mine", raising=False)
+    marks = {way: {"class_path": "mine.Mark", "init_args": {"mark": way}} for way in ("to", "back")}
+    rest = {"probability": 0.5, "batch_size": 32, "file": None}
     augmentations = [
+        {"class_path": "lit_transformer.BackTranslation", "init_args": marks | rest},
         {"class_path": "lit_transformer.SentenceShuffle", "init_args": {"probability": 0.3}},
         {"class_path": "mine.Repeat", "init_args": {"times": 3}},
         "mine.shout",

@@ -6,6 +6,7 @@ from lit_transformer.data import (
     ClassificationData,
     LanguageModelingData,
     MaskedLanguageModelingData,
+    PreparedAugmentation,
     SentenceShuffle,
     SequencePairData,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "Noam",
     "Override",
     "ParamGroups",
+    "PreparedAugmentation",
     "Schedule",
     "SentenceShuffle",
     "SequencePairData",

@@ -1,6 +1,6 @@
 """Data modules, and the text, tokenizers, order and loaders under them."""
 
-from lit_transformer.data.augment import Augmentation
+from lit_transformer.data.augment import Augmentation, PreparedAugmentation
 from lit_transformer.data.back_translation import BackTranslation
 from lit_transformer.data.classification import ClassificationData
 from lit_transformer.data.language_modeling import LanguageModelingData
@@ -14,6 +14,7 @@ __all__ = [
     "ClassificationData",
     "LanguageModelingData",
     "MaskedLanguageModelingData",
+    "PreparedAugmentation",
     "SentenceShuffle",
     "SequencePairData",
 ]

@@ -19,8 +19,9 @@ class Augmentation(Protocol):
     """Something to call that makes another text of a text: a function, or an instance of a class of your own.
 
     It draws its random numbers from ``generator`` alone, so that a resumed run gets the same texts. It is called in the
-    process that trains, once for each sample of a batch: what takes long belongs into ``prepare``. In a configuration
-    it is the path of a function, or ``class_path`` and ``init_args``, with the parameters annotated as here.
+    process that trains, once for each sample of a batch; for what takes long see :class:`PreparedAugmentation`. In a
+    configuration it is the path of a function, or ``class_path`` and ``init_args``, with the parameters annotated as
+    here.
 
     Example:
         >>> def shout(text: str, generator: np.random.Generator) -> str:
@@ -33,7 +34,7 @@ class Augmentation(Protocol):
 
 @runtime_checkable
 class PreparedAugmentation(Augmentation, Protocol):
-    """One that is shown all training texts before training."""
+    """One that is shown all training texts before training, for what takes too long in it, such as a language model."""
 
     def prepare(self, texts: Sequence[str]) -> Sequence[str]:
         """Get ready for these texts, and return the texts that will be made of them.

@@ -8,7 +8,7 @@ import numpy as np
 from lit_transformer.errors import UsageError
 
 # What ends a sentence, then the white space after it; the full stops of Chinese and Japanese need none.
-_END = re.compile(r"(?:[.!?…]+[\"'”’»)\]]*(?=\s)|[。！？]+[」』”）]*)(\s*)")  # noqa: RUF001 - as people write them
+_END = re.compile(r"(?:(?<![.!?…])[.!?…]++[\"'”’»)\]]*+(?=\s)|[。！？]++[」』”）]*+)(\s*)")  # noqa: RUF001 - so written
 
 
 @dataclass(frozen=True)

@@ -62,15 +62,15 @@ def test_a_hugging_face_model_writes_in_batches_what_it_writes_alone(tmp_path):
     augmentation.prepare(TEXTS)
     assert torch.equal(torch.get_rng_state(), state)  # of what is trained afterwards
 
-    def alone(folder, text):
-        if not text:
-            return ""
+    def alone(folder, texts):
         tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
-        ids = tokenizer(text, truncation=True, max_length=32, return_tensors="pt")["input_ids"]
-        written = model.generate(ids, do_sample=False, max_length=None, max_new_tokens=32)
-        return tokenizer.decode(written[0], skip_special_tokens=True)
+        for text in texts:
+            ids = tokenizer(text, truncation=True, max_length=32, return_tensors="pt")["input_ids"]
+            written = model.generate(ids, do_sample=False, max_length=None, max_new_tokens=32)
+            yield tokenizer.decode(written[0], skip_special_tokens=True) if text else ""
 
-    expected = [alone(again, alone(there, text)) or text for text in TEXTS]
+    written = alone(again, alone(there, TEXTS))
+    expected = [new or text for text, new in zip(TEXTS, written, strict=True)]
     found = [augmentation(text, np.random.default_rng(0)) for text in TEXTS]
     assert found == expected
     assert len(set(found)) > 5

@@ -29,11 +29,11 @@ from lit_transformer.data import (
     MaskedLanguageModelingData,
     SequencePairData,
 )
-from lit_transformer.data.classification import LabelledTexts
 from lit_transformer.data.grouped import GroupedStream, padding
 from lit_transformer.data.loader import Blocks, TrainingLoader
 from lit_transformer.data.order import SampleStream
 from lit_transformer.data.packed import PackedBlocks
+from lit_transformer.data.padded import LabelledTexts
 from lit_transformer.data.resumable import ResumableData
 
 TOKENS, BLOCK, ROUNDS, BATCHES = 20_000_000, 256, 9, 200

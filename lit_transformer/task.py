@@ -43,6 +43,7 @@ class LitTask(LitRecipe):
     """
 
     kind: str  # what is predicted: causal_lm, masked_lm, classification or seq2seq
+    labels: list[str] | None = None  # the names of the classes, where there are any
 
     def __init__(
         self,
@@ -128,11 +129,14 @@ class LitTask(LitRecipe):
         """Add a batch to the metrics."""
         self._evaluate(batch, "test")
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """What the objective says of each sample, and the samples' ids if the batch has any; each ``(B,)``."""
-        ids = {"sample_ids": batch["sample_ids"]} if "sample_ids" in batch else {}
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """What the objective says of each sample, classes by their names, and the samples' ids if there are any."""
+        ids: dict[str, Any] = {"sample_ids": batch["sample_ids"]} if "sample_ids" in batch else {}
         targets = self.targets(batch) if "targets" in batch or "labels" in batch else None
-        return ids | self.objective.predictions(self.logits(batch), targets)
+        said: dict[str, Any] = self.objective.predictions(self.logits(batch), targets)
+        if self.labels is not None and "label" in said:
+            said["label"] = [self.labels[i] for i in said["label"].tolist()]
+        return ids | said
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
         self.objective.update(self.logits(batch), self.targets(batch))

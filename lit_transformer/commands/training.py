@@ -93,7 +93,7 @@ class TrainingCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The keys beside trainer, model and data."""
         for source, target in (("vocab_size", "config.vocab_size"), ("labels", "labels"), ("eos_id", "eos_id")):
-            known = partial(_attribute, source)
+            known = partial(self._attribute, source)
             parser.link_arguments("data", f"model.init_args.{target}", compute_fn=known, apply_on="instantiate")
         add = parser.add_argument
         add("--run", type=str | None, default=None, help="Name of the run, made up from the time if null.")
@@ -108,6 +108,14 @@ class TrainingCLI(LightningCLI):
             shutdown = lit_callbacks.GracefulShutdown
             default = {"class_path": f"lit_callbacks.{shutdown.__name__}"}
             add("--graceful_shutdown", type=shutdown | None, default=default, help="On by default; null leaves it out.")
+
+    def _attribute(self, name: str, data: LightningDataModule) -> Any:
+        """What a model takes from the data, or from what the checkpoint says of it; None where there is no such."""
+        load = getattr(data, "load_vocabulary", None)
+        state = (self.checkpoint or {}).get(type(data).__qualname__)
+        if load is not None and state is not None and self.subcommand != "fit":
+            load(state)
+        return getattr(data, name, None)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the words that were given; Lightning warns when the process has words of its own as well."""
@@ -274,11 +282,6 @@ def run_training_command(words: list[str]) -> None:
         commands = ", ".join([*LightningCLI.subcommands(), *others])
         raise UsageError(f"unknown command {words[0]}; the commands are {commands}")
     TrainingCLI(words)
-
-
-def _attribute(name: str, data: LightningDataModule) -> Any:
-    """What a model takes from the data; None where the data has no such thing."""
-    return getattr(data, name, None)
 
 
 @rank_zero_only

@@ -1,84 +1,29 @@
 """The data module for classification: texts and their classes in, padded batches out."""
 
-import hashlib
 import inspect
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
 from lit_transformer.data import corpus
-from lit_transformer.data.augment import Augmentation, Augmenter, checked
-from lit_transformer.data.augment_specs import say
+from lit_transformer.data.augment import Augmentation
 from lit_transformer.data.baselines import Baseline, bag_of_words
-from lit_transformer.data.encoder import Encoder
-from lit_transformer.data.functions import Sample, functions, largest_packages, split_packages
-from lit_transformer.data.loader import Batch, Samples
-from lit_transformer.data.order import Ids
-from lit_transformer.data.ragged import Ragged
-from lit_transformer.data.resumable import ResumableData
-from lit_transformer.data.tables import read_tables
-from lit_transformer.data.token_dropout import check_rate, drop_tokens
+from lit_transformer.data.functions import functions, largest_packages, split_packages
+from lit_transformer.data.limits import Encoded, Rows
+from lit_transformer.data.padded import LabelledTexts
+from lit_transformer.data.records import Records, stratified
+from lit_transformer.data.table_data import TableData
 from lit_transformer.errors import UsageError
 
 _PACKAGES = 8
 
 
-class LabelledTexts(Samples):
-    """Token ids and a class each, padded on the right to the longest of a batch.
-
-    Shapes:
-        A batch is ``input_ids`` and ``attention_mask`` of ``(batch, longest)``, ``targets`` and ``sample_ids`` of
-        ``(batch,)``, int64.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        tokens: Sequence[Sequence[int]],
-        targets: Sequence[int],
-        pad_id: int,
-        token_dropout: float = 0.0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(name)
-        self.token_dropout, self.seed = token_dropout, seed
-        self.augmenter: Augmenter | None = None  # of the training samples, if there are augmentations
-        self.pad_id = pad_id
-        self.targets = np.array(targets, dtype=np.int64)
-        self.texts = Ragged(tokens)
-
-    def augment(self, batch: Batch, draws: Ids) -> Batch:
-        """Change the texts, and take some tokens out."""
-        if self.augmenter is not None:
-            batch = self.augmenter(batch, draws)
-        return drop_tokens(batch, draws, self.token_dropout, self.seed, self.pad_id)
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitems__(self, ids: Ids) -> Batch:
-        input_ids, attention_mask = self.texts.pad(ids, self.pad_id)
-        return {
-            "input_ids": torch.from_numpy(input_ids),
-            "attention_mask": torch.from_numpy(attention_mask),
-            "targets": torch.from_numpy(self.targets[ids]),
-            "sample_ids": torch.tensor(ids),
-        }
-
-    def lengths(self) -> Ids:
-        """Tokens of each text, ``(n, 1)``."""
-        return self.texts.lengths()[:, None]
-
-    def digest(self) -> str:
-        """SHA-256 of tokens and classes."""
-        return hashlib.sha256(self.texts.digest().encode() + self.targets.tobytes()).hexdigest()
-
-
-class ClassificationData(ResumableData):
+class ClassificationData(TableData):
     """Texts, each of one class.
 
     Without ``files`` the texts are the functions of the eight largest packages of Python's standard library, and the
@@ -87,19 +32,30 @@ class ClassificationData(ResumableData):
     resumption are those of :class:`~lit_transformer.data.LanguageModelingData`.
 
     Args:
-        files: Paths or globs of CSV, TSV, JSON lines or Parquet; the embedded corpus if ``None``. Needs the ``hf``
-            extra.
+        files: Paths or globs of CSV, TSV, JSON lines, or with the ``hf`` extra Parquet; the embedded corpus if
+            ``None``.
         val_files: Validation samples of their own; if ``None``, ``val_fraction`` of ``files`` is held out.
         test_files: Likewise.
+        predict_files: What ``predict`` reads, of which only the texts are needed; if ``None``, the test samples.
+        dataset: In place of ``files``: ``OWNER/NAME`` on the hub, or a folder, as the hub has it or as ``save_to_disk``
+            of Hugging Face's ``datasets`` writes it.
+        dataset_config: Which of its configurations.
+        dataset_splits: The names of its splits for ``train``, ``validation`` and ``test``; by default these, and what
+            there is not is held out.
         text_column: Name of the column with the text.
         label_column: Name of the column with the class.
+        weight_column: Name of a column with how much a sample counts in training; in evaluation all count alike.
+        class_weights: How much the samples of a class count, by its name, 1 where it is not named; or ``"balanced"``:
+            their number over that of the classes and that of the samples of the class.
         val_fraction: Fraction held out for validation.
         test_fraction: Fraction held out for test.
         tokenizer: ``"bytes"``, ``"bpe"`` (trained on the training texts), the path of a byte-level
             ``tokenizer.json``, or a folder or name of a Hugging Face tokenizer, which adds the special tokens that its
             model expects.
         bpe_vocab_size: Tokens to learn when ``tokenizer`` is ``"bpe"``.
-        max_length: Longer texts are cut off; how many is reported.
+        max_length: Tokens of the longest text.
+        too_long: ``"truncate"`` cuts longer ones off, how many is reported; ``"refuse"`` counts them as bad records.
+        max_bad_records: How many records that cannot be used may be left out, over all files; they are reported.
         batch_size: Samples in a batch of one device.
         group_by_length: Put samples of like length into a batch, which saves most of the padding. A run is then resumed
             with the same global batch size only.
@@ -119,10 +75,13 @@ class ClassificationData(ResumableData):
         See :class:`LabelledTexts`.
 
     Raises:
-        UsageError: If an argument is out of range; at setup, if a file cannot be read, a column is missing, a text or
-            class is empty, a class of the held-out data does not occur in training, or there is only one class.
+        UsageError: If an argument is out of range; when something is read, if a file or data set cannot be, a column
+            is missing, there are more bad records than allowed (of another width than the header, not UTF-8, without a
+            value, too long), a class does not occur in training, or there is only one; if a checkpoint has another
+            tokenizer or other classes.
 
-    State: position, excluded samples, and what they refer to: seed, and a digest of tokens and classes.
+    State: position, excluded samples, and what they refer to: seed, a digest of tokens and classes, and weights; the
+    classes and the tokenizer, by which other samples are evaluated when a checkpoint is.
 
     Example:
         >>> data = ClassificationData(max_length=64, batch_size=4)
@@ -130,18 +89,29 @@ class ClassificationData(ResumableData):
         (8, 256)
     """
 
+    columns = "text_column", "label_column"
+    rows = "samples"
+
     def __init__(
         self,
         files: str | list[str] | None = None,
         val_files: str | list[str] | None = None,
         test_files: str | list[str] | None = None,
+        predict_files: str | list[str] | None = None,
+        dataset: str | None = None,
+        dataset_config: str | None = None,
+        dataset_splits: dict[str, str] | None = None,
         text_column: str = "text",
         label_column: str = "label",
+        weight_column: str | None = None,
+        class_weights: Literal["balanced"] | dict[str, float] | None = None,
         val_fraction: float = 0.1,
         test_fraction: float = 0.1,
         tokenizer: str = "bytes",
         bpe_vocab_size: int = 4096,
         max_length: int = 256,
+        too_long: Literal["truncate", "refuse"] = "truncate",
+        max_bad_records: int = 0,
         batch_size: int = 32,
         group_by_length: bool = False,
         max_tokens: int | None = None,
@@ -156,48 +126,21 @@ class ClassificationData(ResumableData):
         super().__init__(batch_size, seed, group_by_length, max_tokens)
         # As in LanguageModelingData: Lightning's own look at the frame leaves a cycle.
         self.save_hyperparameters(logger=False, ignore="augmentations", frame=inspect.currentframe())
-        self._check_settings(max_length=1, max_tokens=1, bpe_vocab_size=257)
-        self.max_length = max_length
-        check_rate(token_dropout)
-        self._augmentations, self.hparams["augmentations"] = checked(augmentations)
-        self.fractions = {"validation": val_fraction, "test": test_fraction}
-        self._splits: dict[str, LabelledTexts] = {}
-        self._digest = ""
-        self._cut = 0
-
-    @cached_property
-    def encoder(self) -> Encoder:
-        """Texts to token ids."""
-        return Encoder(self.hparams["tokenizer"], self.max_length, self.hparams["bpe_vocab_size"])
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids."""
-        return self.encoder.vocab_size
+        self._begin(augmentations)
+        _check_weights(class_weights)
 
     @cached_property
     def labels(self) -> list[str]:
-        """The classes of the training samples, in alphabetical order."""
-        found = sorted({label for _, label in self._samples["train"]})
+        """The classes of the training samples in alphabetical order, or those of a checkpoint."""
+        found = sorted(set(self._records("train").targets))
         if len(found) < 2:
             raise UsageError(f"expected at least two classes, got {', '.join(found)}")
         return found
 
     def class_counts(self) -> dict[str, int]:
         """How many training samples each class has."""
-        counts = Counter(label for _, label in self._samples["train"])
+        counts = Counter(self._records("train").targets)
         return {label: counts[label] for label in self.labels}
-
-    @cached_property
-    def _samples(self) -> dict[str, list[Sample]]:
-        if self.hparams["files"] is None:
-            documents = corpus.read(corpus.standard_library(), leave_out_others=True)
-            packages = largest_packages(documents, _PACKAGES)
-            splits = split_packages(documents, packages, self.fractions)
-            return {name: functions(part, packages) for name, part in splits.items()}
-        found = read_tables(self.hparams, "text_column", "label_column")
-        held_out = {name: fraction for name, fraction in self.fractions.items() if name not in found}
-        return found | stratified(found["train"], held_out, self._stream.seed)
 
     def baselines(self) -> list[Baseline]:
         """What the most frequent class, and a bag of words, score; after setup."""
@@ -212,65 +155,65 @@ class ClassificationData(ResumableData):
 
     def describe(self) -> str:
         """Return what a person wants to know about the data; after setup."""
-        self._require_setup()
-        source = "functions of the standard library of Python" if self.hparams["files"] is None else "files"
-        sizes = ", ".join(f"{name} {len(texts):,}" for name, texts in self._splits.items())
-        cut = f"; {self._cut:,} texts cut off at {self.max_length} tokens" if self._cut else ""
-        return f"{source}, {len(self.labels)} classes, samples: {sizes}{cut}\n{self._padding()}"
+        return f"{len(self.labels)} classes of {super().describe()}"
 
-    def setup(self, stage: str | None = None) -> None:
-        """Tokenise; a second call changes nothing."""
-        if not self._splits:
-            dropout = self.hparams["token_dropout"]
-            number = {label: i for i, label in enumerate(self.labels)}
-            self.encoder.train(text for text, _ in self._samples["train"])
-            for name, samples in self._samples.items():
-                if not samples:
-                    raise UsageError(f"expected {name} samples, got none: give more, or hold out another fraction")
-                if unseen := sorted({label for _, label in samples} - number.keys()):
-                    raise UsageError(f"the {name} samples have the class {unseen[0]!r}, which training has not")
-                tokens, cut = self.encoder([text for text, _ in samples])
-                self._cut += cut
-                targets = [number[label] for _, label in samples]
-                self._splits[name] = texts = LabelledTexts(
-                    name, tokens, targets, self.encoder.pad_id, dropout if name == "train" else 0.0, self._stream.seed
-                )
-                if name == "train":
-                    self._digest = texts.digest()
-                    if self._augmentations:
-                        training = [text for text, _ in samples]
-                        texts.augmenter = Augmenter(self._augmentations, training, self.encoder, self._stream.seed)
-        self._stream_over(self._splits["train"])
-        if (augmenter := self._splits["train"].augmenter) is not None:
-            augmenter.prepare(stage)
+    def load_vocabulary(self, state: Mapping[str, Any]) -> None:
+        """Likewise, and the classes."""
+        super().load_vocabulary(state)
+        if (saved := state.get("labels")) is None:
+            return
+        if self._splits and saved != self.labels:
+            raise UsageError(
+                f"the checkpoint is for the classes {saved}, and the samples have been read for {self.labels}"
+            )
+        self.labels = saved
+
+    def _embedded(self) -> dict[str, Records]:
+        documents = corpus.read(corpus.standard_library(), leave_out_others=True)
+        packages = largest_packages(documents, _PACKAGES)
+        splits = split_packages(documents, packages, self.fractions)
+        return {name: Records.of(functions(part, packages), ("function", name)) for name, part in splits.items()}
+
+    def _hold_out(self, records: Records, fractions: dict[str, float]) -> dict[str, NDArray[np.int64]]:
+        return stratified(records.targets, fractions, self._stream.seed)
+
+    def _texts(self, records: Records) -> Iterable[str]:
+        return records.sources
+
+    def _encode(self, records: Records) -> dict[str, Encoded]:
+        return {"texts": ("max_length", *self.encoder(records.sources))}
+
+    def _samples(self, name: str, records: Records, tokens: list[Rows], options: dict[str, Any]) -> LabelledTexts:
+        return LabelledTexts(name, tokens[0], self._numbers(records), self.encoder.pad_id, **options)
+
+    def _numbers(self, records: Records) -> list[int]:
+        """The class of each row."""
+        number = {label: i for i, label in enumerate(self.labels)}
+        for i, label in enumerate(records.targets):
+            if label not in number:
+                raise UsageError(f"{records.place(i)} has the class {label!r}, which training has not")
+        return [number[label] for label in records.targets]
+
+    def _weights(self, records: Records) -> NDArray[np.float32] | None:
+        weights, given = super()._weights(records), self.hparams["class_weights"]
+        if given is None:
+            return weights
+        counts = Counter(records.targets)
+        if given == "balanced":
+            given = {label: len(records) / (len(counts) * count) for label, count in counts.items()}
+        given = {str(label): weight for label, weight in given.items()}  # YAML reads 0 as a number
+        if unknown := sorted(given.keys() - set(self.labels)):
+            raise UsageError(f"class_weights has {unknown[0]!r}, which is no class: {', '.join(self.labels)}")
+        by_class = np.array([given.get(label, 1.0) for label in records.targets], dtype=np.float32)
+        return by_class if weights is None else by_class * weights
 
     def _meaning(self) -> dict[str, Any]:
-        return {
-            "seed": self._stream.seed,
-            "token_dropout": self.hparams["token_dropout"],
-            "augmentations": say(self.hparams["augmentations"]),
-            "digest": self._digest,
-        }
+        return super()._meaning() | {"labels": self.labels}
 
 
-def stratified(samples: list[Sample], fractions: dict[str, float], seed: int) -> dict[str, list[Sample]]:
-    """Hold out the same fraction of each class, rounded, at random; the rest is for training.
-
-    Example:
-        >>> parts = stratified([(str(i), "ab"[i % 2]) for i in range(10)], {"test": 0.4}, seed=0)
-        >>> [len(part) for part in parts.values()], sorted(label for _, label in parts["test"])
-        ([6, 4], ['a', 'a', 'b', 'b'])
-    """
-    by_class: dict[str, list[int]] = {}
-    for i, (_, label) in enumerate(samples):
-        by_class.setdefault(label, []).append(i)
-    generator = np.random.default_rng(seed)
-    places = {name: set[int]() for name in ("train", *fractions)}
-    for members in by_class.values():
-        order = generator.permutation(members).tolist()
-        for name, fraction in fractions.items():
-            count = round(fraction * len(members))
-            places[name].update(order[:count])
-            order = order[count:]
-        places["train"].update(order)
-    return {name: [samples[i] for i in sorted(chosen)] for name, chosen in places.items()}
+def _check_weights(weights: Any) -> None:
+    if weights is not None and weights != "balanced" and not isinstance(weights, Mapping):
+        raise UsageError(f"class_weights must be 'balanced', a weight by class, or null, got {weights!r}")
+    for label, weight in weights.items() if isinstance(weights, Mapping) else ():
+        if not 0 <= weight < math.inf:
+            raise UsageError(f"class_weights must be at least 0, got {weight} for {label!r}")

@@ -115,18 +115,15 @@ class ResumableData(LightningDataModule):
 
     def train_dataloader(self) -> TrainingLoader | EvaluationLoader:
         """Return the loader that continues the stream."""
-        self._require_setup()
-        return self._training_loader(self._splits["train"])
+        return self._training_loader(self._split("train"))
 
     def val_dataloader(self) -> EvaluationLoader:
         """Return the validation samples of this rank."""
-        self._require_setup()
-        return self._evaluation_loader(self._splits["validation"])
+        return self._evaluation_loader(self._split("validation"))
 
     def test_dataloader(self) -> EvaluationLoader:
         """Return the test samples of this rank."""
-        self._require_setup()
-        return self._evaluation_loader(self._splits["test"])
+        return self._evaluation_loader(self._split("test"))
 
     def predict_dataloader(self) -> EvaluationLoader:
         """Return the test samples of this rank."""
@@ -136,6 +133,12 @@ class ResumableData(LightningDataModule):
         """Stop persistent workers."""
         for loader in self._loaders:
             loader.close()
+
+    def _split(self, name: str) -> Samples:
+        """The samples of a split."""
+        self._require_setup()
+        samples: Samples = self._splits[name]
+        return samples
 
     def _require_setup(self) -> None:
         if not self._stream.n:

@@ -92,6 +92,9 @@ def _config_of(checkpoint: dict[str, Any], name: str) -> Path:
         raise UsageError(f"{name} does not hold its configuration; give it by --config")
     kept = {key: config[key] for key in ("model", "data", "seed_everything")}
     kept["trainer"] = {"precision": config["trainer"]["precision"]}
+    saved = checkpoint.get("hyper_parameters", {})
+    if saved.get("architecture") is not None:  # of Hugging Face, whose folder may be gone
+        kept["model"]["init_args"] |= {"path": None, "architecture": saved["architecture"], "lora": saved.get("lora")}
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False, encoding="utf-8") as file:
         yaml.safe_dump(kept, file)
     path = Path(file.name)

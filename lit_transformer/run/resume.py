@@ -1,5 +1,6 @@
 """A checkpoint's configuration against the one at hand."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def check_same_configuration(
     Raises:
         UsageError: Naming every value that differs.
     """
-    data_then = {} if data is None else checkpoint.get("datamodule_hyper_parameters", {})
+    data_then = {} if data is None else _defaults(data) | checkpoint.get("datamodule_hyper_parameters", {})
     then = _settings(checkpoint.get("hyper_parameters", {}), data_then)
     now = _settings(module.hparams, {} if data is None else data.hparams)
     differences = [
@@ -38,6 +39,12 @@ def check_same_configuration(
             f"configuration by leaving --config and these flags out, or the new one on purpose by "
             f"--allow_config_change true"
         )
+
+
+def _defaults(data: LightningDataModule) -> dict[str, Any]:
+    """What settings that there were not yet would have been."""
+    parameters = inspect.signature(type(data)).parameters
+    return {name: parameters[name].default for name in data.hparams if name in parameters}
 
 
 def _settings(model: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:

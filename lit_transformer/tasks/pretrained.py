@@ -114,6 +114,8 @@ class LitPretrained(LitTask):
             distillation,
         )
         self.kind: str = task
+        if task == "classification":
+            self.labels = [name for _, name in sorted(model.config.id2label.items())]
         self.architecture = model.config.to_dict()
         self.architecture.pop("transformers_version", None)  # an upgrade does not make it another model
         self.architecture.pop("_name_or_path", None)

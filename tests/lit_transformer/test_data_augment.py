@@ -109,7 +109,7 @@ def test_one_after_the_other_on_the_same_numbers_then_tokens_are_taken_out(files
     data = ready(ClassificationData, files, [numbered, second], max_length=99)
     generator = np.random.default_rng([0, 0])
     i, ids, _ = read(islice(data.train_dataloader(), 1))[0]
-    wanted = second(numbered(data._samples["train"][i][0], generator), generator)
+    wanted = second(numbered(data.samples["train"][i][0], generator), generator)
     assert bytes(ids).decode() == wanted
     dropped = ready(ClassificationData, files, [numbered, second], max_length=99, token_dropout=0.3)
     fewer = read(islice(dropped.train_dataloader(), 1))[0][1]

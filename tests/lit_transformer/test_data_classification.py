@@ -8,7 +8,8 @@ import torch
 
 from hf_models import save_bert
 from lit_transformer import ClassificationData
-from lit_transformer.data.tables import read_table
+from lit_transformer.data.records import BadRecords
+from lit_transformer.data.tables import Columns, read_files
 from lit_transformer.errors import UsageError
 
 ROWS = [(f"w{i % 40} w{(3 * i) % 40}" + " w1" * (i % 5), "odd" if i % 3 == 1 else "even") for i in range(60)]
@@ -34,17 +35,20 @@ def ready(**options):
     return data
 
 
+def read(path):
+    return list(read_files(str(path), Columns("text_column and label_column", "text", "label"), BadRecords()))
+
+
 def test_formats_say_the_same(tmp_path):
     import pandas
 
-    expected = read_table(write(tmp_path / "a.csv"), "text", "label")
-    assert expected == ROWS
-    assert read_table(write(tmp_path / "a.tsv", delimiter="\t"), "text", "label") == ROWS
+    assert read(write(tmp_path / "a.csv")) == ROWS
+    assert read(write(tmp_path / "a.tsv", delimiter="\t")) == ROWS
     lines = "\n".join(json.dumps({"text": text, "label": label}) for text, label in ROWS)
     (tmp_path / "a.jsonl").write_text(lines)
-    assert read_table(str(tmp_path / "a.jsonl"), "text", "label") == ROWS
+    assert read(tmp_path / "a.jsonl") == ROWS
     pandas.DataFrame(ROWS, columns=["text", "label"]).to_parquet(tmp_path / "a.parquet")
-    assert read_table(str(tmp_path / "a.parquet"), "text", "label") == ROWS
+    assert read(tmp_path / "a.parquet") == ROWS
 
 
 def test_batches_are_padded_and_masked(tmp_path):
@@ -57,7 +61,7 @@ def test_batches_are_padded_and_masked(tmp_path):
         assert (ids[length:] == 0).all()
     assert data.labels == ["even", "odd"]
     assert batch["targets"].dtype == torch.int64
-    assert "texts cut off at 12 tokens" in data.describe()
+    assert data.describe().splitlines()[1] == f"cut off: {sum(len(text) > 12 for text, _ in ROWS)} texts at 12 tokens"
 
 
 def test_the_same_share_of_each_class_is_held_out(tmp_path):
@@ -75,7 +79,7 @@ def test_a_hugging_face_tokenizer_adds_its_special_tokens(tmp_path):
     assert sorted(
         {int(ids[n - 1]) for ids, n in zip(batch["input_ids"], batch["attention_mask"].sum(1), strict=True)}
     ) == [3]
-    assert data._cut == sum(len(text.split()) > 4 for text, _ in ROWS)
+    assert data._cut.total() == sum(len(text.split()) > 4 for text, _ in ROWS)
 
 
 def test_the_embedded_task_has_every_class_in_every_split():
@@ -108,7 +112,7 @@ def test_the_position_is_resumed_and_excluded_samples_stay_away(tmp_path):
     ("rows", "header", "message"),
     [
         (ROWS, ("body", "label"), "expected a column 'text' in .*a.csv, got 'body', 'label'; set text_column"),
-        ([*ROWS, ("w1", "")], ("text", "label"), "got no .label. in row 61 of .*a.csv"),
+        ([*ROWS, ("w1", "")], ("text", "label"), "got no .label. in line 62 of .*a.csv"),
         ([(text, "a") for text, _ in ROWS], ("text", "label"), "at least two classes, got a"),
     ],
 )
@@ -120,14 +124,14 @@ def test_what_is_wrong_with_a_table(tmp_path, rows, header, message):
 def test_other_things_that_are_wrong(tmp_path):
     files = write(tmp_path / "a.csv")
     other = write(tmp_path / "b.csv", [("w1", "neither")])
-    with pytest.raises(UsageError, match="the validation samples have the class 'neither', which training has not"):
+    with pytest.raises(UsageError, match=r"line 2 of .*b\.csv has the class 'neither', which training has not"):
         ready(files=files, val_files=other)
     with pytest.raises(UsageError, match="expected files that all end in one of"):
         ready(files=[files, write(tmp_path / "c.tsv", delimiter="\t")])
     with pytest.raises(UsageError, match="expected tokenizer to be 'bytes'"):
         ready(files=files, tokenizer="byte")
     (tmp_path / "d.csv").write_bytes(b"")
-    with pytest.raises(UsageError, match=r"d\.csv cannot be read as csv"):
+    with pytest.raises(UsageError, match=r"expected rows in .*d\.csv, got an empty file"):
         ready(files=str(tmp_path / "d.csv"))
     with pytest.raises(UsageError, match=r"expected rows in .*e\.csv, got none"):
         ready(files=write(tmp_path / "e.csv", []))

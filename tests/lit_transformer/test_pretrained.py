@@ -303,7 +303,7 @@ def test_on_a_real_task_stages_move_what_they_should_and_it_learns(tmp_path):
             names = {name for name, p in pl_module.named_parameters() if not torch.equal(p, self.before[name])}
             moved.append((trainer.current_epoch, names))
 
-    texts = [text for text, _ in ClassificationData()._samples["train"]]
+    texts = [text for text, _ in ClassificationData().samples["train"]]
     folder = str(tmp_path / "model")
     data = ClassificationData(tokenizer=save_bert_for(texts, folder), max_length=64)
     counts = data.class_counts()

@@ -1,11 +1,15 @@
 """The tasks from the command line: what is printed, predicted, written and exported."""
 
 import csv
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
 
+from hf_models import save_bert
 from lit_transformer.cli import main
 
 SMALL = "--model.init_args.config.d_model=16 --model.init_args.config.n_heads=2 --model.init_args.config.n_layers=1"
@@ -113,3 +117,57 @@ def test_classification_says_what_is_to_be_beaten(cli, tmp_path):
     assert "LitClassifier" in out
     assert "; the most frequent class: 0.6" in out
     assert "; a bag of words: 0." in out
+
+
+def predictions(path):
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+
+
+def test_a_classifier_predicts_from_its_checkpoint_alone(cli, tmp_path, capsys):
+    rows = [(f"{'good' if i % 3 else 'bad'} word {i % 9}", "yes" if i % 3 else "no") for i in range(90)]
+    write_table(tmp_path / "texts.csv", ("text", "label"), rows)
+    data = "--data.init_args.files=texts.csv --data.init_args.tokenizer=bpe --data.init_args.bpe_vocab_size=270 "
+    fit(cli, "classification", f'{data} --data.init_args.class_weights={{"no":2.0}} --trainer.max_steps=30')
+    checkpoint = Path("kept.ckpt")
+    (tmp_path / "runs" / "a" / "checkpoints" / "last.ckpt").resolve().rename(checkpoint)
+    (tmp_path / "texts.csv").unlink()
+    write_table(tmp_path / "new.csv", ("text",), [(text,) for text, _ in rows[:20]])
+    cli(f"predict --ckpt_path {checkpoint} --data.init_args.predict_files=new.csv --trainer.default_root_dir=out")
+    found = predictions(tmp_path / "out" / "predictions.csv")
+    assert found[0].keys() == {"sample_ids", "label", "probability"}
+    assert [row["label"] for row in found] == [label for _, label in rows[:20]]
+    write_table(tmp_path / "other.csv", ("text", "label"), rows[1:3])  # one class, which is number 0 there and 1 here
+    out = cli(f"test --ckpt_path {checkpoint} --data.init_args.test_files=other.csv")
+    assert re.search(r"test/accuracy +1\.00000", out)
+    write_table(tmp_path / "worse.csv", ("text", "label"), [*rows[:2], ("word", "maybe")])
+    with pytest.raises(SystemExit):
+        cli(f"test --ckpt_path {checkpoint} --data.init_args.test_files=worse.csv")
+    assert "line 4 of " in (error := capsys.readouterr().err)
+    assert "worse.csv has the class 'maybe', which training has not" in error
+
+
+def test_a_writer_predicts_from_its_checkpoint_alone(cli, tmp_path):
+    write_table(tmp_path / "pairs.csv", ("source", "target"), [(f"word {i % 9}", f"{i % 9} drow") for i in range(80)])
+    sizes = "--data.init_args.tokenizer=bpe --data.init_args.bpe_vocab_size=262 --data.init_args.batch_size=8"
+    fit(cli, "seq2seq", f"--data.init_args.files=pairs.csv {sizes} --trainer.limit_val_batches=0")
+    (tmp_path / "pairs.csv").rename(tmp_path / "test.csv")
+    (tmp_path / "new.jsonl").write_text('{"source": "word 1"}\n{"source": "word 2"}\n')
+    cli("predict --run a --ckpt_path last --data.init_args.predict_files=new.jsonl")
+    found = predictions(tmp_path / "runs" / "a" / "predictions.csv")
+    assert [list(row) for row in found] == [["sample_ids", "text"]] * 2
+    assert "test/bleu" in cli("test --run a --ckpt_path last --data.init_args.test_files=test.csv")
+    assert cli("generate --run a --prompt word --ckpt_path last").endswith("\n")
+
+
+def test_a_fine_tuned_classifier_predicts_without_the_folder_it_is_from(cli, tmp_path):
+    rows = [(f"w{i % 9}", "yes" if i % 3 else "no") for i in range(60)]
+    write_table(tmp_path / "texts.csv", ("text", "label"), rows)
+    save_bert(tmp_path / "bert")
+    where = "--model.init_args.path=bert --data.init_args.tokenizer=bert --data.init_args.max_length=16"
+    cli(f"fit --config finetune_classifier {FAST} {where} --data.init_args.files=texts.csv --trainer.callbacks=null")
+    shutil.rmtree(tmp_path / "bert")
+    (tmp_path / "texts.csv").rename(tmp_path / "new.csv")
+    cli("predict --run a --ckpt_path last --data.init_args.predict_files=new.csv")
+    found = predictions(tmp_path / "runs" / "a" / "predictions.csv")
+    assert len(found) == 60
+    assert {row["label"] for row in found} <= {"yes", "no"}

@@ -21,6 +21,8 @@ Train transformers that do not blow up.
              try ever larger batches, and suggest the largest that fits
   generate   write text from a prompt
   export     the weights of a checkpoint as safetensors with digests, or as Hugging Face loads them
+  consolidate
+             a checkpoint that a sharded run saved in parts, as one file
 
 {program} COMMAND --help lists the settings of a command; fit --print_config prints them all with their values.
 --config takes a file, or the name of a shipped one ({names}); more than one are merged, flags win.
@@ -63,6 +65,10 @@ def _run(words: list[str]) -> None:
         from lit_transformer.commands.export import main as export
 
         export(words[1:])
+    elif words[0] == "consolidate":
+        from lit_transformer.commands.consolidate import main as consolidate
+
+        consolidate(words[1:])
     elif words[0] == "check":
         from lit_transformer.commands.check import main as check
 

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from lit_transformer.distillation import Distillation
 from lit_transformer.errors import UsageError
 from lit_transformer.nn import Transformer, TransformerConfig, check_ids
 from lit_transformer.objectives import Objective
 from lit_transformer.optim import ParamGroups, Schedule, WarmupCosine
+from lit_transformer.parallel import spread
 from lit_transformer.task import LitTask
 from lit_transformer.warm_start import load_body
 
@@ -84,7 +86,12 @@ class LitTransformer(LitTask):
         warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer` in `LightningModule`")
         super().setup(stage)
         if stage == "fit" and self.compile_model:
-            self.model.compile(fullgraph=True)
+            self.model.compile(fullgraph=not isinstance(self.model, FSDPModule))
+
+    def configure_model(self) -> None:
+        """Spread the model over devices, where the strategy leaves that to the module."""
+        if self._trainer is not None:
+            spread(self.model, self.trainer.strategy, self._device_mesh)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Look at the ids while looking is cheap: on a device, a wrong one ends the process without a reason."""

@@ -14,11 +14,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_callbacks._ranks import rows_of_ranks
-from lit_callbacks.functional import tensor_norms
+from lit_callbacks._shards import share_norms
 
 
 class Gradients(NamedTuple):
-    """The parameters of an optimizer that have a gradient; the fp32 L2 norm of each of these, and of all together."""
+    """The parameters of an optimizer that have a gradient; the fp32 L2 norm of each of these, and of all together.
+
+    Where gradients are sharded, the norms are this rank's share; see :func:`~lit_callbacks._shards.share_norms`.
+    """
 
     parameters: list[Tensor]
     norms: Tensor
@@ -79,7 +82,7 @@ class StepFacts:
         return self._gradients[1]
 
     def grad_norm(self, trainer: Trainer, optimizer: Optimizer) -> Tensor:
-        """The norm of all of them together."""
+        """The norm of all of them together, on this rank."""
         return self.gradients(trainer, optimizer).total
 
     def reading(self, trainer: Trainer, optimizer: Optimizer) -> Reading:
@@ -97,12 +100,14 @@ def _read(ranks: list[list[float]]) -> Reading:
     sums, counts, norms = zip(*ranks, strict=True)
     bad = [rank for rank, total in enumerate(sums) if not math.isfinite(total)]
     loss = sum(sums) / sum(counts) if any(counts) else None
-    return Reading(loss, norms[0], bad[0] if bad else None)
+    # Gradients that every rank has are the same on all; of sharded ones each has a share.
+    norm = norms[0] if len(set(norms)) == 1 else math.sqrt(math.fsum(n * n for n in norms) / len(norms))
+    return Reading(loss, norm, bad[0] if bad else None)
 
 
 def _gradients(optimizer: Optimizer, scale: Tensor | None) -> Gradients:
     with_gradient = [p for p in parameters(optimizer) if p.grad is not None]
-    norms = tensor_norms([p.grad for p in with_gradient if p.grad is not None])
+    norms = share_norms([p.grad for p in with_gradient if p.grad is not None])
     # Fused optimizers unscale inside step(), so until then their gradients are multiplied.
     if scale is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
         norms = norms / scale

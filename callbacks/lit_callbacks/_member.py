@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -16,6 +16,9 @@ class Member(Callback):
     order: int
     """Position among our callbacks in every hook: -1 faults, 0 observers, 1 clipper and autopsy, 2 guards and
     recovery, 3 checkpoints."""
+
+    serves_shards: ClassVar[bool] = False
+    """Whether it works where a rank holds a part only of each parameter, as under FSDP2."""
 
     _state_key: str | None = None
 
@@ -80,8 +83,10 @@ def publish(
 def _refuse_sharded(callback: Member, trainer: Trainer) -> None:
     # By name: `lightning` and `pytorch_lightning` each have their own classes. DeepSpeedStrategy is a DDPStrategy.
     names = {cls.__name__ for cls in type(trainer.strategy).__mro__}
-    if names.isdisjoint({"SingleDeviceStrategy", "DDPStrategy"}) or "DeepSpeedStrategy" in names:
+    served = {"SingleDeviceStrategy", "DDPStrategy"} | ({"ModelParallelStrategy"} if callback.serves_shards else set())
+    if names.isdisjoint(served) or "DeepSpeedStrategy" in names:
+        where = "a single device, DDP and FSDP2" if callback.serves_shards else "a single device and DDP"
         raise SetupError(
-            f"{type(callback).__name__} reads whole gradients, so it works on a single device and under DDP, but not "
-            f"yet under {type(trainer.strategy).__name__}. Use strategy='ddp', or leave the callback out."
+            f"{type(callback).__name__} serves {where}, but not yet {type(trainer.strategy).__name__}. Use another "
+            "strategy, or leave the callback out."
         )

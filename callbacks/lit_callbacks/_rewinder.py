@@ -12,6 +12,7 @@ from lit_callbacks._data_jump import data_place, draws_here
 from lit_callbacks._facts import facts_of
 from lit_callbacks._probe_batch import ProbeBatch, any_non_finite, copy_of, rise
 from lit_callbacks._room import find_room
+from lit_callbacks._shards import local
 from lit_callbacks._snapshots import Place, Snapshot, SnapshotRing, size_of
 from lit_callbacks._training_state import live_tensors
 from lit_callbacks._window import MicroBatch, Window
@@ -154,7 +155,7 @@ class Rewinder:
 
 def _frozen(module: LightningModule) -> dict[str, Tensor]:
     named = ((name, p) for name, p in module.named_parameters() if not p.requires_grad and p.is_floating_point())
-    return {name: p.detach() for name, p in named if p.element_size() > 1}  # no norm of fp8
+    return {name: local(p.detach()) for name, p in named if p.element_size() > 1}  # no norm of fp8
 
 
 def _norms(tensors: dict[str, Tensor]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from lit_callbacks._errors import SetupError
 from lit_callbacks._facts import Reading, facts_of, has_scaler
 from lit_callbacks._names import clean_name
 from lit_callbacks._probe import group_settings, step_without_gradients_fault
+from lit_callbacks._shards import local
 from lit_callbacks._window_actor import WindowActor
 from lit_callbacks.functional import tensor_norms
 from lit_callbacks.protocols import HasSampleIds
@@ -100,14 +101,15 @@ class StepSkipper(WindowActor):
             for micro_batch, loss in zip(self.window.micro_batches, losses, strict=True):
                 if first_bad_rank is None or not math.isfinite(loss):
                     ids += data.sample_ids(micro_batch.batch)
-        reports = _ranks.gather(trainer, (sum(losses) / max(len(losses), 1), ids))
         finite = reading.finite and math.isfinite(reading.grad_norm)
+        parameter = None if finite else _first_non_finite(pl_module)
+        reports = _ranks.gather(trainer, (sum(losses) / max(len(losses), 1), ids, parameter))
         return {
             "loss": reading.loss if first_bad_rank is None else reports[first_bad_rank][0],
             "grad_norm": reading.grad_norm,
-            "parameter": None if finite else _first_non_finite(pl_module),
+            "parameter": min((found for *_, found in reports if found is not None), default=(0, None))[1],
             "first_bad_rank": first_bad_rank,
-            "sample_ids": [i for _, ids in reports for i in ids] or None,
+            "sample_ids": [i for _, ids, _ in reports for i in ids] or None,
         }
 
 
@@ -116,7 +118,9 @@ def _data(trainer: Trainer) -> HasSampleIds | None:
     return data if isinstance(data, HasSampleIds) else None
 
 
-def _first_non_finite(module: LightningModule) -> str | None:
+def _first_non_finite(module: LightningModule) -> tuple[int, str] | None:
+    """Place and name of the first parameter whose gradient is not finite in this rank's part."""
     named = [(name, p.grad) for name, p in module.named_parameters() if p.grad is not None]
-    finite = tensor_norms([gradient for _, gradient in named]).isfinite().tolist()
-    return next((clean_name(name) for (name, _), ok in zip(named, finite, strict=True) if not ok), None)
+    finite = tensor_norms([local(gradient) for _, gradient in named]).isfinite().tolist()
+    places = enumerate(zip(named, finite, strict=True))
+    return next(((i, clean_name(name)) for i, ((name, _), ok) in places if not ok), None)

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lit_callbacks._facts import has_scaler, parameters
+from lit_callbacks._shards import as_part_of, local, settle
 
 STATE = "optimizer "
 """What the names of optimizer states begin with."""
@@ -25,8 +26,11 @@ _OF_THE_SCHEDULE = {"params", "param_names", "lr", "initial_lr", "max_lr", "min_
 def live_tensors(trainer: Trainer, module: LightningModule, also: Collection[str] = ()) -> dict[str, Tensor]:
     """The tensors that training changes, by name: trainable parameters, buffers, optimizer states, averaged weights.
 
+    Of sharded ones, this rank's part.
+
     Frozen parameters are left out unless ``also`` names them; so are buffers that are not saved, and boolean ones.
     """
+    settle(module)
     tensors = _of_module("", module, also)
     for index, optimizer in enumerate(trainer.optimizers):
         for place, value in _states(optimizer):
@@ -36,7 +40,7 @@ def live_tensors(trainer: Trainer, module: LightningModule, also: Collection[str
         average = getattr(callback, "_average_model", None)  # of Lightning's WeightAveraging and its kin
         if isinstance(average, nn.Module):
             tensors |= _of_module(f"average {index} ", average, [name for name, _ in average.named_parameters()])
-    return {name: tensor.detach() for name, tensor in tensors.items()}
+    return {name: local(tensor.detach()) for name, tensor in tensors.items()}
 
 
 def plain_values(trainer: Trainer) -> dict[str, Any]:
@@ -106,7 +110,8 @@ def _revive(optimizer: Optimizer, place: str, saved: Tensor) -> None:
     index, _, key = place.partition(" ")
     parameter = parameters(optimizer)[int(index)]
     on_device = saved.dim() or any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-    optimizer.state[parameter][key] = saved.to(parameter.device, copy=True) if on_device else saved.clone()
+    state = saved.to(parameter.device, copy=True) if on_device else saved.clone()
+    optimizer.state[parameter][key] = as_part_of(state, parameter) if saved.dim() else state
 
 
 def _forget_younger(

@@ -52,6 +52,8 @@ class ActivationStatsMonitor(ForwardObserver):
         50
     """
 
+    serves_shards = True
+
     def __init__(self, every_n_steps: int = 50, modules: str | None = None) -> None:
         super().__init__(every_n_steps)
         if modules == "":

@@ -45,8 +45,8 @@ class AdaptiveGradientClipping(Actor):
         every_n_steps: Optimizer steps between logged values.
 
     Raises:
-        ValueError: If an argument is out of range; at setup in manual optimization, under a strategy that shards
-            gradients, with ``gradient_clip_val`` set, or if another one is among the callbacks; at fit start if the
+        ValueError: If an argument is out of range; at setup in manual optimization, under FSDP1 and DeepSpeed,
+            with ``gradient_clip_val`` set, or if another one is among the callbacks; at fit start if the
             optimizer is LBFGS, or is fused while a GradScaler is in use.
 
     State: both averages and the norms of the warm-up.
@@ -58,6 +58,8 @@ class AdaptiveGradientClipping(Actor):
         >>> AdaptiveGradientClipping(max_grad_norm=2.0).z_threshold
         2.5
     """
+
+    serves_shards = True
 
     order = 1
 

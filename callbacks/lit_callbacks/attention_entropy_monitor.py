@@ -78,6 +78,8 @@ class AttentionEntropyMonitor(ForwardObserver):
         0.5
     """
 
+    serves_shards = True
+
     def __init__(
         self,
         every_n_steps: int = 50,

@@ -14,7 +14,7 @@ from lit_callbacks._forward_observer import ForwardObserver
 from lit_callbacks._intercept import Call
 from lit_callbacks._names import metric_key
 from lit_callbacks._ranks import Measurement
-from lit_callbacks._units import WRITTEN_OUT, Rows, UnitFollower, Units
+from lit_callbacks._units import WRITTEN_OUT, UnitFollower, Units
 from lit_callbacks.functional import silent_units
 
 WEIGHT_DEAD = 1e-6
@@ -71,6 +71,8 @@ class DeadNeuronDetector(ForwardObserver):
         2048
     """
 
+    serves_shards = True
+
     def __init__(
         self,
         every_n_steps: int = 50,
@@ -107,7 +109,7 @@ class DeadNeuronDetector(ForwardObserver):
         self._follower: UnitFollower | None = None
         self._activity: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
-        self._rows: dict[str, tuple[Rows, ...]] = {}
+        self._dead_rows: dict[str, Tensor] = {}
 
     def handlers(self) -> dict[Callable[..., Any], Callable[[Call], None]]:
         """What a follower wants to see."""
@@ -136,16 +138,9 @@ class DeadNeuronDetector(ForwardObserver):
         activity = values.float().abs().sum(0)
         self._activity[name] = activity + self._activity[name] if name in self._activity else activity
         self._tokens[name] = len(values) + self._tokens.get(name, 0)
-        self._rows[name] = units.rows
-
-    @torch.no_grad()
-    def _dead_rows(self) -> dict[str, Tensor]:
-        shares = {}
-        for name, rows in self._rows.items():
-            if rows:
-                norms = torch.cat([torch.linalg.vector_norm(weight, dim=dim) for weight, dim in rows])
-                shares[name] = (norms < WEIGHT_DEAD).float().mean().view(1)
-        return shares
+        if units.rows:  # now, while the weights are whole: after the forward pass FSDP gives them up
+            norms = torch.cat([torch.linalg.vector_norm(weight.detach(), dim=dim) for weight, dim in units.rows])
+            self._dead_rows[name] = (norms < WEIGHT_DEAD).float().mean().view(1)
 
     def collected(self, trainer: Trainer) -> Measurement:
         """Activities and tokens of this rank, and the shares of dead rows."""
@@ -157,7 +152,7 @@ class DeadNeuronDetector(ForwardObserver):
             )
         tokens = {f"tokens {name}": self._activity[name].new_tensor([number]) for name, number in self._tokens.items()}
         # The same on all ranks that have seen a layer. In a fit rank zero's are logged, once the window is full.
-        return Measurement({**self._activity, **tokens}, self._dead_rows() if self._all_tokens else {})
+        return Measurement({**self._activity, **tokens}, self._dead_rows if self._all_tokens else {})
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Remember which step the window ends with."""
@@ -172,7 +167,7 @@ class DeadNeuronDetector(ForwardObserver):
             self._window[name] = values if before is None else values + before.to(values.device)
         tokens = [values for name, values in self._window.items() if name.startswith("tokens ")]
         full = tokens and (self._all_tokens or torch.cat(tokens).min() >= self.window_tokens)
-        return self._close_window(total.maxima or self._dead_rows()) if full else {}
+        return self._close_window(total.maxima or self._dead_rows) if full else {}
 
     def _close_window(self, dead_rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         parts = [*self._window.values(), *dead_rows.values()]

@@ -80,6 +80,8 @@ class ExactResume(Member):
         False
     """
 
+    serves_shards = True
+
     order = 3
 
     def __init__(self, allow_changes: bool = False) -> None:

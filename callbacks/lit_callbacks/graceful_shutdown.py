@@ -85,6 +85,8 @@ class GracefulShutdown(Member):
         60.0
     """
 
+    serves_shards = True
+
     order = 3
 
     def __init__(self, time_limit: float | None = None, grace_seconds: float = 60.0) -> None:

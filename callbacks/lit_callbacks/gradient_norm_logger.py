@@ -13,8 +13,8 @@ from lit_callbacks._alarms import InARow, OwnPast, raise_alarm
 from lit_callbacks._facts import facts_of, has_scaler
 from lit_callbacks._member import Member
 from lit_callbacks._ranks import Measurement
+from lit_callbacks._shards import is_sharded, share_norms
 from lit_callbacks._step_observer import Step, StepObserver
-from lit_callbacks.functional import total_norm
 
 SAMPLE = 4
 """Parameters that tell by how much all gradients have been scaled."""
@@ -55,8 +55,8 @@ class GradientNormLogger(StepObserver):
         exploding_ratio: Multiple of its running median above which a group explodes.
 
     Raises:
-        ValueError: If an argument is out of range; at fit start if a glob matches nothing; at setup under a strategy
-            that shards gradients.
+        ValueError: If an argument is out of range; at fit start if a glob matches nothing; at setup under
+            FSDP1 and DeepSpeed.
 
     State: the last 20 accepted norms of each group.
 
@@ -67,6 +67,8 @@ class GradientNormLogger(StepObserver):
         >>> GradientNormLogger(every_n_steps=100, groups=["layers", "*.bias"]).every_n_steps
         100
     """
+
+    serves_shards = True
 
     def __init__(
         self,
@@ -92,7 +94,8 @@ class GradientNormLogger(StepObserver):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See whether anything but clipping by norm can come between the gradient and the optimizer."""
         super().on_fit_start(trainer, pl_module)
-        self._scaled_alike = _only_clips_by_norm(trainer, pl_module)
+        # A rank may have no part in any of a few.
+        self._scaled_alike = _only_clips_by_norm(trainer, pl_module) and not is_sharded(pl_module)
         self._trained = ()
 
     def before(self, trainer: Trainer, step: Step) -> None:
@@ -125,7 +128,7 @@ class GradientNormLogger(StepObserver):
         if not used:
             return
         # A fused optimizer has unscaled its gradients by now.
-        norm = total_norm([p.grad for p in used if p.grad is not None])
+        norm = torch.linalg.vector_norm(share_norms([p.grad for p in used if p.grad is not None]))
         if len(used) < step.found["parameters"]:
             factor = norm / step.found["sample"]
             norm = step.found["total"] * factor.where(step.found["sample"] > 0, 1.0)

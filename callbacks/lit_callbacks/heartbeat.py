@@ -54,6 +54,8 @@ class Heartbeat(Member):
         20.0
     """
 
+    serves_shards = True
+
     order = 0
 
     def __init__(self, every_seconds: float = 1.0, hang_factor: float = 20.0, hang_seconds: float = 60.0) -> None:

@@ -49,6 +49,8 @@ class LossCurve(Observer):
         'loss_curve.png'
     """
 
+    serves_shards = True
+
     def __init__(
         self,
         every_n_steps: int = 10,

@@ -36,8 +36,8 @@ class NonFiniteGuard(StepSkipper):
         patience: Skipped steps in a row after which training stops.
 
     Raises:
-        ValueError: If ``patience`` is below 1; at setup in manual optimization or under a strategy that shards
-            gradients; at fit start if the optimizer moves without gradients, cannot be tried on a toy parameter, or is
+        ValueError: If ``patience`` is below 1; at setup in manual optimization or under FSDP1 and DeepSpeed;
+            at fit start if the optimizer moves without gradients, cannot be tried on a toy parameter, or is
             fused while a GradScaler is in use.
         NonFiniteError: After ``patience`` skipped steps in a row.
 
@@ -51,6 +51,8 @@ class NonFiniteGuard(StepSkipper):
         >>> NonFiniteGuard(patience=3).patience
         3
     """
+
+    serves_shards = True
 
     def __init__(self, patience: int = 10) -> None:
         if patience < 1:

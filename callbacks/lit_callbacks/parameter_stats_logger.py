@@ -6,12 +6,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lit_callbacks._errors import SetupError
 from lit_callbacks._evaluation import EvaluationHooks
 from lit_callbacks._facts import amp_scale, parameters
 from lit_callbacks._histograms import histogram, show_histogram
 from lit_callbacks._ranks import Measurement
+from lit_callbacks._shards import is_sharded, share_norms
 from lit_callbacks._step_observer import Step, StepObserver
-from lit_callbacks.functional import tensor_norms
 
 
 class ParameterStatsLogger(StepObserver, EvaluationHooks):
@@ -40,8 +41,8 @@ class ParameterStatsLogger(StepObserver, EvaluationHooks):
         histograms: Also send histograms to the loggers that can show them.
 
     Raises:
-        ValueError: If ``every_n_steps`` is below 1; at fit start if a glob matches nothing; at setup under a strategy
-            that shards parameters.
+        ValueError: If ``every_n_steps`` is below 1; at fit start if a glob matches nothing; at setup under
+            FSDP1 and DeepSpeed.
 
     State: none.
 
@@ -53,9 +54,20 @@ class ParameterStatsLogger(StepObserver, EvaluationHooks):
         False
     """
 
+    serves_shards = True
+
     def __init__(self, every_n_steps: int = 50, groups: list[str] | None = None, histograms: bool = False) -> None:
         super().__init__(every_n_steps, groups)
         self.histograms = histograms
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse histograms of what no rank has."""
+        super().on_fit_start(trainer, pl_module)
+        if self.histograms and is_sharded(pl_module):
+            raise SetupError(
+                "ParameterStatsLogger(histograms=True) needs whole parameters, and each rank has a part of them here. "
+                "Leave histograms out."
+            )
 
     def before(self, trainer: Trainer, step: Step) -> None:
         """Keep the weights; and their histograms, while the gradient is not clipped."""
@@ -64,7 +76,7 @@ class ParameterStatsLogger(StepObserver, EvaluationHooks):
         step.found["before"] = [p.detach().clone() for p in trained]
         step.found["trained"] = trained
         step.found["present"] = set(self.parameter_groups.sort(trained))
-        step.found["weights"] = self.parameter_groups.place(trained, tensor_norms(step.found["before"]))
+        step.found["weights"] = self.parameter_groups.place(trained, share_norms(step.found["before"]))
         if self.histograms:
             self._show_histograms(trainer, step)
 
@@ -73,7 +85,7 @@ class ParameterStatsLogger(StepObserver, EvaluationHooks):
         assert self.parameter_groups is not None
         before, trained = step.found.pop("before"), step.found.pop("trained")
         torch._foreach_sub_(before, [p.detach() for p in trained])
-        step.found["updates"] = self.parameter_groups.place(trained, tensor_norms(before))
+        step.found["updates"] = self.parameter_groups.place(trained, share_norms(before))
 
     def _show_histograms(self, trainer: Trainer, step: Step) -> None:
         assert self.parameter_groups is not None
@@ -129,7 +141,7 @@ class ParameterStatsLogger(StepObserver, EvaluationHooks):
 
         def measure() -> Measurement:
             norms = self._group(pl_module).place(
-                list(pl_module.parameters()), tensor_norms(list(pl_module.parameters()))
+                list(pl_module.parameters()), share_norms(list(pl_module.parameters()))
             )
             return self._squares(trainer, weights=norms)
 

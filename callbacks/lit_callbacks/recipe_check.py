@@ -44,6 +44,8 @@ class RecipeCheck(Member):
         1000
     """
 
+    serves_shards = True
+
     order = 0
 
     def __init__(self, not_learning_after: int = 1000, silence: list[str] | None = None) -> None:

@@ -61,6 +61,8 @@ class ThroughputLogger(Observer, EvaluationHooks):
         10
     """
 
+    serves_shards = True
+
     def __init__(self, every_n_steps: int = 50) -> None:
         super().__init__(every_n_steps)
         self._seconds_before, self._tokens_before = 0.0, 0.0

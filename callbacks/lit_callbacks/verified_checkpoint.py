@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lit_callbacks._errors import SetupError
 from lit_callbacks._events import EventLog, run_folder, say
+from lit_callbacks._shards import is_sharded, optimizers_as_they_are
 from lit_callbacks.checkpointing import _writer
 from lit_callbacks.checkpointing._durable import remove_leftovers
 from lit_callbacks.checkpointing._errors import CheckpointError
@@ -182,6 +183,9 @@ class VerifiedCheckpoint(SaveSchedule):
         if _is_trial(trainer):
             return
         self._recall(trainer)
+        if trainer.global_step == 0 and is_sharded(pl_module):
+            for optimizer in trainer.optimizers:  # loaded from a checkpoint that others made
+                optimizer.state.clear()
         trained = {name for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
         others = {name for name in pl_module.state_dict() if name not in trained}  # infinite by intention, as masks are
         self._expected_non_finite = others.intersection(non_finite_tensors(trainer, pl_module))
@@ -193,7 +197,8 @@ class VerifiedCheckpoint(SaveSchedule):
         return self is next(c for c in trainer.checkpoint_callbacks if isinstance(c, VerifiedCheckpoint))
 
     def _rehearse(self, trainer: Trainer) -> None:
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        with optimizers_as_they_are(trainer):
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         problem = ""
         if trainer.is_global_zero and not trainer.strategy.restore_checkpoint_after_setup:
             try:
@@ -348,7 +353,8 @@ class VerifiedCheckpoint(SaveSchedule):
             environment=_writer.environment(trainer),
         )
         self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
-        _writer.write(trainer, Path(filepath), manifest, self._size, self._place)
+        with optimizers_as_they_are(trainer):
+            _writer.write(trainer, Path(filepath), manifest, self._size, self._place)
         self._tidy(trainer)
         if trainer.is_global_zero:
             for logger in trainer.loggers:

@@ -53,24 +53,39 @@ def locate(root: Path, name: str | None, which: str) -> Path:
     raise UsageError(f"the run in {run.path} has no {which} checkpoint; it may have ended before its first one")
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, weights: bool = True) -> dict[str, Any]:
     """A checkpoint's contents, verified, on the CPU and without unpickling code.
 
+    Args:
+        path: Where it is.
+        weights: Whether they are needed; of a checkpoint in parts only the rest is read.
+
     Raises:
-        UsageError: If there is no such file, or it cannot be trusted.
+        UsageError: If there is no such file, or it cannot be trusted, or is in parts although weights are needed.
     """
     try:
         checkpoint = load_verified(local(path))
     except CheckpointError as error:
         raise UsageError(str(error)) from None
-    if "state_dict" not in checkpoint:
+    if is_in_parts(path):
+        if weights:
+            raise UsageError(
+                f"{path} is in parts, as a sharded strategy saves it: make it one file by `consolidate --ckpt_path "
+                f"{path} --to FILE.ckpt`, and take that"
+            )
+    elif "state_dict" not in checkpoint:
         raise UsageError(f"{path} is not a Lightning checkpoint: it has no state_dict")
     return checkpoint
 
 
 def read_checkpoint(root: Path, name: str | None, which: str) -> dict[str, Any]:
-    """The contents of a file, or of what ``last`` or ``best`` means."""
-    return load_checkpoint(locate(root, name, which) if which in ("last", "best") else which)
+    """The contents of a file, or of what ``last`` or ``best`` means; of one in parts without weights."""
+    return load_checkpoint(locate(root, name, which) if which in ("last", "best") else which, weights=False)
+
+
+def is_in_parts(path: str | Path) -> bool:
+    """Whether a checkpoint is a folder with a part of each rank."""
+    return Path(path).is_dir()
 
 
 def _best(run: RunFolder) -> Path | None:

@@ -150,7 +150,8 @@ class TrainingCLI(LightningCLI):
             run = RunFolder(self.root / settings.run)
             self.run = run if run.owns(settings.ckpt_path) else None
         if settings.ckpt_path is not None:
-            self.checkpoint = load_checkpoint(settings.ckpt_path)
+            sharded = "fsdp2" in str(settings.trainer.strategy).lower()
+            self.checkpoint = load_checkpoint(settings.ckpt_path, weights=not sharded)
 
     def _go_on(self, run: RunFolder) -> str | None:
         """The checkpoint that a run goes on from; None where it was killed before its first: it begins anew."""
@@ -278,7 +279,7 @@ def run_training_command(words: list[str]) -> None:
     """
     quieten()
     if words[0] not in LightningCLI.subcommands():
-        others = ["check", "plot_schedule", "lr_find", "batch_size_find", "generate", "export"]
+        others = ["check", "plot_schedule", "lr_find", "batch_size_find", "generate", "export", "consolidate"]
         commands = ", ".join([*LightningCLI.subcommands(), *others])
         raise UsageError(f"unknown command {words[0]}; the commands are {commands}")
     TrainingCLI(words)

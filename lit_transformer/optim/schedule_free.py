@@ -74,4 +74,5 @@ class AveragedWeights:
 
 def go_on(checkpoint: dict[str, Any]) -> None:
     """Let a checkpoint's weights be those that were trained."""
-    checkpoint["state_dict"].update(checkpoint.get(_KEY, {}))
+    if trained := checkpoint.get(_KEY):  # a sharded checkpoint comes without its weights
+        checkpoint["state_dict"].update(trained)

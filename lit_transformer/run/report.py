@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from lit_transformer.module import LitTransformer
 from lit_transformer.nn import generate
@@ -77,7 +78,8 @@ class FitReport(Callback):
         if shown:
             print(f"Validation: {', '.join(shown)}.")
         self._print_baselines(trainer)
-        self._print_sample(trainer, pl_module)
+        if not isinstance(getattr(pl_module, "model", None), FSDPModule):  # this rank alone has no whole model
+            self._print_sample(trainer, pl_module)
 
     @staticmethod
     def _print_baselines(trainer: Trainer) -> None:

@@ -4,10 +4,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torchmetrics.text import CHRFScore, SacreBLEUScore
 
 from lit_transformer.distillation import Distillation
+from lit_transformer.errors import UsageError
 from lit_transformer.module import LitTransformer
 from lit_transformer.nn import EncoderDecoder, TransformerConfig
 from lit_transformer.nn.beam_search import beam_search
@@ -117,6 +119,16 @@ class LitSeq2Seq(LitTransformer):
             batch["input_ids"], shown.where(shown != IGNORED, self.eos_id), batch.get("attention_mask")
         )
         return logits
+
+    def setup(self, stage: str) -> None:
+        """Refuse to write where no device has the whole model: texts end at different times on each."""
+        super().setup(stage)
+        writes = self.scored_samples or stage == "predict"
+        if writes and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise UsageError(
+                f"texts cannot be written under {type(self.trainer.strategy).__name__}: set scored_samples to 0, and "
+                "predict on one device from a consolidated checkpoint"
+            )
 
     def write(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[list[int]]:
         """The ids of the text for each source, without :attr:`eos_id`; in eval mode."""

@@ -5,6 +5,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lit_callbacks import _ranks
+from lit_callbacks._shards import local
 from lit_callbacks._training_state import live_tensors
 from lit_callbacks.functional import tensor_norms
 from lit_callbacks.protocols import HasOpenAnomaly
@@ -40,7 +41,7 @@ def any_rank(trainer: Trainer, flag: bool) -> bool:
 
 def _plain(tensor: Tensor) -> Tensor:
     """This rank's part, as real numbers of a type that can be calculated with."""
-    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    part = local(tensor)
     if part.is_complex():
         return torch.view_as_real(part.resolve_conj())
     return part.float() if part.is_floating_point() and part.element_size() == 1 else part

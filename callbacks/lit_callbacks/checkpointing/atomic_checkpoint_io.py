@@ -82,12 +82,13 @@ download it, compare its SHA-256 with the one its author gives, and pass the fil
 
 
 def load_verified(path: Path, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-    """Read a checkpoint file after verifying it.
+    """Read a checkpoint file after verifying it; of one in parts, which a sharded strategy saves as a folder, the rest.
 
     Raises:
         CheckpointError: If it is missing, torn or changed, or holds anything but plain data.
     """
-    if not path.is_file():
+    rest = path / "meta.pt"  # what is no weight and no optimizer state
+    if not path.is_file() and not rest.is_file():
         what = "a link to a file that is gone" if path.is_symlink() else "no file"
         raise CheckpointError(f"there is no checkpoint {path}: it is {what}")
     if manifest_path(path.resolve()).exists():
@@ -95,11 +96,13 @@ def load_verified(path: Path, map_location: Any = "cpu", weights_only: bool | No
             verify(path.resolve())
         except CheckpointError as error:
             raise CheckpointError(f"the checkpoint {path} is not what was saved: {error}") from None
-    else:
+    elif path.is_file():
         _read_through(path)
     try:
         loaded: dict[str, Any] = torch.load(
-            path, map_location=map_location, weights_only=True if weights_only is None else weights_only
+            path if path.is_file() else rest,
+            map_location=map_location,
+            weights_only=True if weights_only is None else weights_only,
         )
     except pickle.UnpicklingError as error:
         raise CheckpointError(

@@ -1,0 +1,84 @@
+"""Tensors of which each rank holds a part."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from lit_callbacks.functional import tensor_norms
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part, in the same memory; of a tensor that is not sharded, the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def settle(module: nn.Module) -> None:
+    """Let FSDP2 give up the parameters that it keeps whole after a forward pass without a backward one.
+
+    Between steps the module then has the sharded ones, which the optimizer has.
+    """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+@contextmanager
+def optimizers_as_they_are(trainer: Trainer) -> Iterator[None]:
+    """Keep an optimizer that has not stepped yet as it is while its state is asked for.
+
+    Of a sharded model, torch takes a step for it, with a learning rate of 0, that Adam counts (torch 2.13,
+    ``_init_optim_state``).
+    """
+    fresh = [optimizer for optimizer in trainer.optimizers if not optimizer.state]
+    try:
+        yield
+    finally:
+        for optimizer in fresh:
+            optimizer.state.clear()
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether some rank holds a part only of some parameter."""
+    return any(_parts(parameter) > 1 for parameter in module.parameters())
+
+
+def as_part_of(part: Tensor, like: Tensor) -> Tensor:
+    """A tensor sharded as another one, of which this is the rank's part."""
+    if not isinstance(like, DTensor):
+        return part
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.size(), stride=like.stride()
+    )
+
+
+def share_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """This rank's share in the L2 norm of each tensor: the root mean square over ranks is the norm of the whole.
+
+    Of a tensor that every rank has, that is its norm. A part of one in ``n`` counts ``n``-fold, so that what adds up
+    squares over ranks, and divides by their number, need not know which is which.
+
+    Returns:
+        As :func:`~lit_callbacks.functional.tensor_norms`, of this rank alone: there is no communication.
+    """
+    norms = tensor_norms([local(tensor) for tensor in tensors])
+    parts = [_parts(tensor) for tensor in tensors]
+    if max(parts, default=1) == 1:
+        return norms
+    return norms * torch.tensor(parts, dtype=norms.dtype, device=norms.device).sqrt()
+
+
+def _parts(tensor: Tensor) -> int:
+    """In how many parts a tensor lies on the ranks."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    return math.prod(
+        size
+        for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+        if placement.is_shard()
+    )

@@ -1,0 +1,133 @@
+"""Run by test_strategies.py in two processes, and imported by it: the same training under any strategy."""
+
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.tensor import DTensor
+
+from helpers import MemoryLogger, make_trainer
+from lit_callbacks import (
+    ActivationStatsMonitor,
+    AttentionEntropyMonitor,
+    DeadNeuronDetector,
+    ExactResume,
+    GradientNormLogger,
+    LossSpikeRecovery,
+    ParameterStatsLogger,
+    ThroughputLogger,
+    VerifiedCheckpoint,
+)
+from lit_transformer import LanguageModelingData, LitCausalLM, TransformerConfig
+
+STEPS = 30
+CONFIG = TransformerConfig(
+    vocab_size=256, max_length=16, d_model=16, n_layers=2, n_heads=2, bias=False,  # of a key: noise
+    attention_dropout=0, ffn_dropout=0, residual_dropout=0, embedding_dropout=0,
+)  # fmt: skip
+STRATEGIES = {
+    "single": lambda: "auto",
+    "ddp": lambda: "ddp",
+    "fsdp2": lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+}
+
+
+class Losses(Callback):
+    """The mean loss of each step over its micro-batches and ranks."""
+
+    def __init__(self):
+        self.found = {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.step = trainer.global_step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.found.setdefault(self.step, []).append(float(outputs["loss"]) / trainer.accumulate_grad_batches)
+
+
+class Task(LitCausalLM):
+    """Training in which something happens: a loss that is not a number on one rank, a wild batch, damaged weights."""
+
+    trouble = None
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if (self.trouble, self.global_step) == ("nan", 12) and self.global_rank == self.trainer.world_size - 1:
+            loss = loss * float("nan")
+        if (self.trouble, self.global_step) == ("wild", 14):
+            loss = loss * 1e4
+        return loss
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if (self.trouble, self.global_step) == ("damage", 20):
+            self.trouble = None  # once: the data after a rollback is new
+            for parameter in self.parameters():
+                part = parameter.data.to_local() if isinstance(parameter, DTensor) else parameter.data
+                part.mul_(4)
+
+
+def whole(tensor):
+    """All of a tensor, on every rank."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def fit(
+    folder, text, strategy, *, accumulate=1, clip=None, precision="32-true", trouble=None, steps=STEPS, resume=None
+):
+    """Losses, logged metrics, events and weights of a run."""
+    devices = 1 if strategy == "single" else 2
+    torch.manual_seed(0)
+    task = Task(CONFIG, partial(torch.optim.AdamW, lr=3e-3), schedule=None)
+    task.trouble = trouble
+    # The same global batch: one process takes in one micro-batch what two take in theirs.
+    data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=8 // devices)
+    losses, logger = Losses(), MemoryLogger()
+    checkpoint = VerifiedCheckpoint(folder, "{step}", every_n_train_steps=10, save_top_k=-1)
+    trainer = make_trainer(
+        strategy=STRATEGIES[strategy](), devices=devices, max_steps=steps, max_epochs=-1, logger=logger,
+        accumulate_grad_batches=accumulate, gradient_clip_val=clip, precision=precision, limit_val_batches=0,
+        enable_checkpointing=True, default_root_dir=folder,
+        callbacks=[
+            losses, GradientNormLogger(5), ParameterStatsLogger(5), AttentionEntropyMonitor(5), DeadNeuronDetector(5),
+            ActivationStatsMonitor(5), ThroughputLogger(5), ExactResume(), checkpoint,
+            LossSpikeRecovery(snapshot_every_n_steps=5),
+        ],
+    )  # fmt: skip
+    trainer.fit(task, data, ckpt_path=resume)
+    logged = {}
+    for step, metrics in logger.calls:
+        # What differs by nature: times, and the loss of one rank.
+        kept = {k: float(v) for k, v in metrics.items() if not k.startswith(("throughput/", "train/loss"))}
+        logged.setdefault(str(step), {}).update(kept)
+    return {
+        "losses": {str(step): sum(values) for step, values in losses.found.items()},
+        "logged": logged,
+        "weights": {name: whole(p).double().abs().sum().item() for name, p in task.named_parameters()},
+        "position": data.position(),
+    }
+
+
+CASES = {
+    "plain": {},
+    "bf16": {"precision": "bf16-mixed"},
+    "accumulated_and_clipped": {"accumulate": 2, "clip": 0.5},
+    "nan": {"trouble": "nan"},
+    "wild": {"trouble": "wild"},
+    "damage": {"trouble": "damage"},
+}
+
+
+def main(out, strategy, text):
+    """Write what each case gives on this rank, and a resumed run."""
+    found = {name: fit(out / name, text, strategy, **case) for name, case in CASES.items()}
+    found["resumed"] = fit(out / "resumed", text, strategy, resume=str(out / "plain" / "step=10.ckpt"))
+    (out / f"{strategy}_{os.environ['RANK']}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

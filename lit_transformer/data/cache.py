@@ -3,22 +3,27 @@
 import hashlib
 import json
 import os
-import shutil
 import tempfile
-import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
-from numpy.typing import NDArray
 
 from lit_transformer.data import corpus
-from lit_transformer.data.corpus import Documents
+from lit_transformer.data.array_file import ArrayFile
+from lit_transformer.data.excerpt import Excerpt
+from lit_transformer.data.progress import Progress
 from lit_transformer.data.splits import split_documents
-from lit_transformer.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, from_file, from_json
+from lit_transformer.data.tokenizer import TRAINED, ByteTokenizer, Tokenizer, from_file, from_json
+from lit_transformer.data.unfinished import unfinished_folder
 from lit_transformer.errors import UsageError
+
+Excerpts = dict[str, Excerpt]
+"""Where the texts are, by name, in order."""
 
 _FORMAT = 2  # raised when what is written changes, so that older folders are left alone
 
@@ -34,6 +39,7 @@ class Recipe:
     test_fraction: float
     tokenizer: str
     bpe_vocab_size: int
+    max_bad_records: int = 0
 
     def paths(self) -> dict[str, list[Path]]:
         """Find the files; splits without files of their own are absent, and no split's file is trained on."""
@@ -50,30 +56,41 @@ class Recipe:
             )
         return paths
 
-    def documents(self, paths: dict[str, list[Path]]) -> dict[str, Documents]:
-        """Read the files, and hold out of the training documents what has no files of its own."""
-        # Nobody can be asked to convert a file of Python's own.
-        given = {split: corpus.read(files, self.files is None and split == "train") for split, files in paths.items()}
+    def documents(self, paths: dict[str, list[Path]]) -> tuple[dict[str, Excerpts], list[str]]:
+        """Check the files, and hold out of the training documents what has no files of its own.
+
+        Returns:
+            The documents of each split, and what is wrong with each file that is left out.
+        """
+        given: dict[str, Excerpts] = {}
+        bad: list[str] = []
+        for split, files in paths.items():
+            # Nobody can be asked to convert a file of Python's own, or wants to hear of it.
+            pythons = self.files is None and split == "train"
+            given[split], others = corpus.check(files, inf if pythons else self.max_bad_records - len(bad))
+            bad += [] if pythons else others
         fractions = {"validation": self.val_fraction, "test": self.test_fraction}
         held_out = {split: fraction for split, fraction in fractions.items() if split not in given}
-        return given | split_documents(given["train"], held_out)
+        return given | split_documents(given["train"], held_out), bad
 
-    def build_tokenizer(self, training: Documents) -> Tokenizer:
+    def build_tokenizer(self, training: Excerpts) -> Tokenizer:
         """Make, train or load the tokenizer."""
         if self.tokenizer == "bytes":
             return ByteTokenizer()
-        if self.tokenizer == "bpe":
-            return BPETokenizer.train((content.decode() for content in training.values()), self.bpe_vocab_size)
-        return from_file(self.tokenizer)
+        if self.tokenizer not in TRAINED:
+            return from_file(self.tokenizer)
+        with Progress("learning tokens", sum(map(len, training.values()))) as progress:
+            pieces = (piece for document in training.values() for piece in document.pieces())
+            return TRAINED[self.tokenizer].train(progress.over(pieces), self.bpe_vocab_size)
 
     def key(self, paths: dict[str, list[Path]]) -> str:
         """Return a name for the outcome, from the settings and each file's path, size and modification time."""
         files = {split: [_stamp(path) for path in found] for split, found in paths.items()}
-        if self.tokenizer in ("bytes", "bpe"):
+        if self.tokenizer in ("bytes", *TRAINED):
             tokenizer = [self.tokenizer, self.bpe_vocab_size]
         else:
             tokenizer = _stamp(Path(self.tokenizer).expanduser().absolute())
-        description = [_FORMAT, files, self.val_fraction, self.test_fraction, tokenizer]
+        description = [_FORMAT, files, self.val_fraction, self.test_fraction, tokenizer, self.max_bad_records]
         return hashlib.sha256(json.dumps(description).encode()).hexdigest()[:32]
 
 
@@ -98,6 +115,7 @@ class Prepared:
     corpus_hash: str
     tokenizer: Tokenizer
     splits: dict[str, Split]
+    bad_records: int
 
 
 def prepare(recipe: Recipe, cache_dir: str | None = None) -> Prepared:
@@ -111,24 +129,27 @@ def prepare(recipe: Recipe, cache_dir: str | None = None) -> Prepared:
         cache_dir: Where to keep it; by default ``lit-transformer`` in the user's cache folder.
 
     Raises:
-        UsageError: If the text or the tokenizer cannot be used.
+        UsageError: If the text or the tokenizer cannot be used, or a file changes meanwhile.
 
-    Cost: a first start holds the text in memory; a later one reads the size and time of each file, and no text.
+    Cost: a first start reads the text two times, three to train a tokenizer, and holds a few MiB of it, and each
+    different word while a tokenizer is trained; a later start reads the size and time of each file, and no text.
     """
     paths = recipe.paths()
-    root = _root(cache_dir)
-    folder = root / recipe.key(paths)
-    if not folder.exists():
-        unfinished = root / f".{uuid.uuid4().hex}"
-        unfinished.mkdir()
-        try:
-            _write(recipe, paths, unfinished)
-            _publish(unfinished, folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+    key = recipe.key(paths)
+    folder = _root(cache_dir) / key
+    if not os.path.exists(folder):  # noqa: PTH110  # Path.exists raises where a folder may not be entered
+        root = _writable(folder.parent)
+        folder = root / key
+        if not folder.exists():
+            with unfinished_folder(root, key) as unfinished:
+                _write(recipe, paths, unfinished)
+                if recipe.key(paths) != key:
+                    raise UsageError(
+                        "expected files that stay as they are, got one that changed meanwhile: start again"
+                    )
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
     splits = {name: Split(**split) for name, split in about["splits"].items()}
-    return Prepared(folder, about["corpus_hash"], from_json(about["tokenizer"]), splits)
+    return Prepared(folder, about["corpus_hash"], from_json(about["tokenizer"]), splits, about["bad_records"])
 
 
 def _stamp(path: Path) -> list[Any]:
@@ -138,9 +159,11 @@ def _stamp(path: Path) -> list[Any]:
 
 def _root(cache_dir: str | None) -> Path:
     if cache_dir is not None:
-        root = Path(cache_dir).expanduser()
-    else:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit-transformer"
+        return Path(cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit-transformer"
+
+
+def _writable(root: Path) -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=root):
@@ -154,31 +177,39 @@ def _root(cache_dir: str | None) -> Path:
 
 
 def _write(recipe: Recipe, paths: dict[str, list[Path]], folder: Path) -> None:
-    splits = recipe.documents(paths)
+    splits, bad = recipe.documents(paths)
+    if bad:
+        rank_zero_warn(f"{len(bad)} bad file(s) left out, as max_bad_records allows. The first: {bad[0]}")
     tokenizer = recipe.build_tokenizer(splits["train"])
-    sizes = {}
-    for name, documents in splits.items():
-        tokens, starts = _encode(documents, tokenizer)
-        np.save(folder / f"{name}.npy", tokens)
-        np.save(folder / f"{name}.documents.npy", starts)
-        size = sum(map(len, documents.values()))
-        sizes[name] = asdict(Split(files=len(documents), bytes=size, tokens=len(tokens)))
-    about = {"corpus_hash": corpus.content_hash(splits), "tokenizer": tokenizer.to_json(), "splits": sizes}
+    digest = hashlib.sha256()
+    sizes = {name: sum(map(len, documents.values())) for name, documents in splits.items()}
+    about: dict[str, Any] = {"splits": {}, "tokenizer": tokenizer.to_json(), "bad_records": len(bad)}
+    with Progress("tokenising", sum(sizes.values())) as progress:
+        for name, documents in splits.items():
+            tokens = _encode(name, documents, tokenizer, folder, digest.update, progress)
+            about["splits"][name] = asdict(Split(len(documents), sizes[name], tokens))
+    about["corpus_hash"] = digest.hexdigest()
     (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
 
-def _encode(documents: Documents, tokenizer: Tokenizer) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Return all documents as one array, each followed by the end-of-document token, and where each begins."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    end = np.array([tokenizer.eos_id], dtype=dtype)
-    parts = [np.empty(0, dtype=dtype)]
-    parts += [np.append(tokenizer.encode(content.decode()).astype(dtype), end) for content in documents.values()]
-    return np.concatenate(parts), np.cumsum([len(part) for part in parts], dtype=np.int64)
-
-
-def _publish(unfinished: Path, folder: Path) -> None:
-    try:
-        unfinished.rename(folder)
-    except OSError:
-        if not folder.exists():  # else another process was first, with the same outcome
-            raise
+def _encode(
+    name: str,
+    documents: Excerpts,
+    tokenizer: Tokenizer,
+    folder: Path,
+    add_to_hash: Callable[[bytes], None],
+    progress: Progress,
+) -> int:
+    """Write the tokens of a split, each document ended, and where each begins; return how many tokens there are."""
+    starts = [0]
+    end = np.array([tokenizer.eos_id])
+    with ArrayFile(folder / f"{name}.npy", np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32) as file:
+        for document, text in documents.items():
+            add_to_hash(f"{name}\0{document}\0{len(text)}\0".encode())
+            for piece in progress.over(text.pieces()):
+                add_to_hash(piece.encode())
+                file.append(tokenizer.encode(piece))
+            file.append(end)
+            starts.append(file.length)
+    np.save(folder / f"{name}.documents.npy", np.array(starts, dtype=np.int64))
+    return file.length

@@ -1,11 +1,13 @@
 """The text to learn from: files found, read and checked."""
 
-import hashlib
 import os
 import sys
 import sysconfig
+from math import inf
 from pathlib import Path
 
+from lit_transformer.data.excerpt import Excerpt
+from lit_transformer.data.progress import Progress
 from lit_transformer.errors import UsageError
 
 Documents = dict[str, bytes]
@@ -66,6 +68,43 @@ def find(files: str | list[str]) -> list[Path]:
     return sorted(found)
 
 
+def check(paths: list[Path], max_bad: float = 0) -> tuple[dict[str, Excerpt], list[str]]:
+    """Read files as UTF-8 text and keep where they are; empty ones are left out.
+
+    Args:
+        paths: The files.
+        max_bad: How many may be binary, not UTF-8, or unreadable; they are left out.
+
+    Returns:
+        The texts, named by their path below the folder they share; and what is wrong with each of the bad files.
+
+    Raises:
+        UsageError: If there are more bad files, or nothing is left.
+    """
+    root = Path(os.path.commonpath([path.parent for path in paths]))
+    documents: dict[str, Excerpt] = {}
+    bad: list[str] = []
+    with Progress("reading text", sum(path.stat().st_size for path in paths)) as progress:
+        for path in paths:
+            document = Excerpt(path, 0, path.stat().st_size)
+            try:
+                for _ in progress.over(document.decoded()):
+                    pass
+            except UsageError as error:
+                bad.append(str(error))
+                if len(bad) > max_bad:
+                    before = f" It is bad file {len(bad)}, more than were allowed." if len(bad) > 1 else ""
+                    raise UsageError(f"{error}{before}") from error
+            else:
+                if document:
+                    documents[path.relative_to(root).as_posix()] = document
+    if not documents:
+        reason = bad[0] if bad else f"the first of them {paths[0]}"
+        kind = "bad or empty" if bad else "empty"
+        raise UsageError(f"expected text, got {len(paths)} {kind} file(s), {reason}")
+    return documents, bad
+
+
 def read(paths: list[Path], leave_out_others: bool = False) -> Documents:
     """Read files as UTF-8 text, named by their path below the folder they share; empty ones are left out.
 
@@ -76,44 +115,5 @@ def read(paths: list[Path], leave_out_others: bool = False) -> Documents:
     Raises:
         UsageError: If a file is binary or not UTF-8, or nothing is left.
     """
-    root = Path(os.path.commonpath([path.parent for path in paths]))
-    documents = {}
-    for path in paths:
-        content = path.read_bytes()
-        if leave_out_others and not _is_text(content):
-            continue
-        if (zero := content.find(0)) >= 0:
-            raise UsageError(
-                f"expected UTF-8 text, got a zero byte at position {zero} of {path}: it is binary, or UTF-16. "
-                "Leave it out, or convert it to UTF-8."
-            )
-        try:
-            content.decode()
-        except UnicodeDecodeError as error:
-            raise UsageError(
-                f"expected UTF-8 text, got {error.reason} at byte {error.start} of {path}. "
-                "Convert it to UTF-8, or leave it out."
-            ) from error
-        if content:
-            documents[path.relative_to(root).as_posix()] = content
-    if not documents:
-        raise UsageError(f"expected text, got {len(paths)} empty file(s), the first of them {paths[0]}")
-    return documents
-
-
-def _is_text(content: bytes) -> bool:
-    try:
-        content.decode()
-    except UnicodeDecodeError:
-        return False
-    return b"\0" not in content
-
-
-def content_hash(splits: dict[str, Documents]) -> str:
-    """Return the SHA-256 of all names and contents, split by split."""
-    digest = hashlib.sha256()
-    for name, documents in splits.items():
-        for document, content in documents.items():
-            digest.update(f"{name}\0{document}\0{len(content)}\0".encode())
-            digest.update(content)
-    return digest.hexdigest()
+    documents, _ = check(paths, inf if leave_out_others else 0)
+    return {name: document.path.read_bytes() for name, document in documents.items()}

@@ -10,19 +10,18 @@ from typing import Any
 import numpy as np
 
 from lit_transformer.data.order import Ids
-from lit_transformer.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, from_file, from_json
+from lit_transformer.data.tokenizer import TRAINED, ByteTokenizer, Tokenizer, from_file, from_json
 from lit_transformer.errors import UsageError
-
-_TRAINED = ("bpe",)
 
 
 class Encoder:
     """A function from texts to token ids.
 
     Args:
-        tokenizer: ``"bytes"``, ``"bpe"``, a ``tokenizer.json``, or the folder or name of a Hugging Face tokenizer.
+        tokenizer: ``"bytes"``, ``"bpe"``, ``"unigram"``, a ``tokenizer.json``, or the folder or name of a Hugging Face
+            tokenizer.
         max_length: Longest text in tokens, special ones included.
-        bpe_vocab_size: Tokens that ``"bpe"`` learns in :meth:`train`.
+        bpe_vocab_size: Tokens that ``"bpe"`` and ``"unigram"`` learn in :meth:`train`.
         saved: The :attr:`state` of another, to be the same; what ``tokenizer`` names need not be there then.
 
     Raises:
@@ -38,6 +37,7 @@ class Encoder:
         self, tokenizer: str, max_length: int, bpe_vocab_size: int = 0, saved: Mapping[str, Any] | None = None
     ) -> None:
         self.max_length, self.bpe_vocab_size = max_length, bpe_vocab_size
+        self.name = tokenizer
         self._theirs: Any = None
         self._ours: Tokenizer | None = None
         if saved is not None:
@@ -53,12 +53,12 @@ class Encoder:
             self._ours = ByteTokenizer()
         elif tokenizer.endswith(".json"):
             self._ours = from_file(tokenizer)
-        elif tokenizer not in _TRAINED:
+        elif tokenizer not in TRAINED:
             self._theirs = _hugging_face(tokenizer)
 
     def _is(self, tokenizer: str) -> bool:
         """Whether a setting names this one; where it names something that is not there, whether it can be."""
-        if tokenizer in _TRAINED:
+        if tokenizer in TRAINED:
             model = json.loads(self._ours.to_json()).get("model", {}) if self._ours is not None else {}
             return str(model.get("type")).lower() == tokenizer
         if tokenizer == "bytes" or Path(tokenizer).expanduser().exists():
@@ -85,9 +85,9 @@ class Encoder:
         return self._ours is not None or self._theirs is not None
 
     def train(self, texts: Iterable[str]) -> None:
-        """Learn the tokens of ``"bpe"``; nothing for other tokenizers, or a second time."""
+        """Learn the tokens of ``"bpe"`` or ``"unigram"``; nothing for other tokenizers, or a second time."""
         if not self.is_trained:
-            self._ours = BPETokenizer.train(texts, self.bpe_vocab_size)
+            self._ours = TRAINED[self.name].train(texts, self.bpe_vocab_size)
 
     @property
     def vocab_size(self) -> int:
@@ -177,8 +177,8 @@ def _hugging_face(name: str) -> Any:
         raise UsageError(f"the tokenizer {name} needs transformers: pip install 'lit-transformer[hf]'") from None
     if not Path(name).is_dir() and ("/" not in name or name.count("/") > 1 or name.startswith((".", "/"))):
         raise UsageError(
-            f"expected tokenizer to be 'bytes', 'bpe', a tokenizer.json, or the folder or OWNER/NAME of a Hugging Face "
-            f"tokenizer, got {name!r}, and there is no such folder"
+            f"expected tokenizer to be 'bytes', 'bpe', 'unigram', a tokenizer.json, or the folder or OWNER/NAME of a "
+            f"Hugging Face tokenizer, got {name!r}, and there is no such folder"
         )
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)

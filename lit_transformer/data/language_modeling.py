@@ -11,7 +11,7 @@ from lit_transformer.data.cache import Prepared, Recipe, prepare
 from lit_transformer.data.loader import Blocks, Samples
 from lit_transformer.data.packed import PackedBlocks
 from lit_transformer.data.resumable import ResumableData
-from lit_transformer.data.tokenizer import ByteTokenizer, Tokenizer, from_file
+from lit_transformer.data.tokenizer import TRAINED, ByteTokenizer, Tokenizer, from_file
 from lit_transformer.errors import UsageError
 
 
@@ -35,9 +35,9 @@ class LanguageModelingData(ResumableData):
         test_files: Test text of its own; if ``None``, ``test_fraction`` of ``files`` is held out.
         val_fraction: Fraction of the bytes held out for validation.
         test_fraction: Fraction of the bytes held out for test.
-        tokenizer: ``"bytes"``, ``"bpe"`` (trained on the training text), or the path of a byte-level
+        tokenizer: ``"bytes"``, ``"bpe"`` or ``"unigram"`` (trained on the training text), or the path of a byte-level
             ``tokenizer.json``.
-        bpe_vocab_size: Tokens to learn when ``tokenizer`` is ``"bpe"``.
+        bpe_vocab_size: Tokens to learn when ``tokenizer`` is ``"bpe"`` or ``"unigram"``.
         block_size: Tokens in a sample.
         packing: Blocks of whole documents instead, none of which sees another; those longer than a block are cut into
             pieces. For models that take ``document_ids``: ours, and causal ones of Hugging Face.
@@ -48,6 +48,8 @@ class LanguageModelingData(ResumableData):
         pin_memory: Page-locked batches; if ``None``, when training on CUDA.
         seed: Seed of the sample order.
         cache_dir: Folder for tokenised text; by default ``lit-transformer`` in the user's cache folder.
+        max_bad_records: How many files that are binary, not UTF-8 or unreadable are left out, and counted, instead of
+            refused.
 
     Shapes:
         A batch is a dict of int64 tensors: ``input_ids`` and ``targets`` (the same, one token later) of
@@ -59,7 +61,8 @@ class LanguageModelingData(ResumableData):
 
     State: position, excluded samples, and what they refer to: seed, block size, packing, corpus hash and tokenizer.
 
-    Cost: some 30 microseconds a batch without workers; the first start tokenises, later ones map the cache.
+    Cost: some 30 microseconds a batch without workers; the first start tokenises, in a few MiB of memory however much
+    text there is, later ones map the cache.
 
     Example:
         >>> data = LanguageModelingData(block_size=128, batch_size=8)
@@ -85,13 +88,16 @@ class LanguageModelingData(ResumableData):
         pin_memory: bool | None = None,
         seed: int = 0,
         cache_dir: str | None = None,
+        max_bad_records: int = 0,
     ) -> None:
         super().__init__(batch_size, seed)
         # Lightning's own look at the frame leaves a cycle that keeps every caller's variables, loader workers too.
         self.save_hyperparameters(logger=False, frame=inspect.currentframe())
-        self._check_settings(bpe_vocab_size=257, block_size=1)
+        self._check_settings(bpe_vocab_size=257, block_size=1, max_bad_records=0)
         self.block_size, self.packing = block_size, packing
-        self._recipe = Recipe(files, val_files, test_files, val_fraction, test_fraction, tokenizer, bpe_vocab_size)
+        self._recipe = Recipe(
+            files, val_files, test_files, val_fraction, test_fraction, tokenizer, bpe_vocab_size, max_bad_records
+        )
         self._tokenizer = _untrained(tokenizer)
         self._prepared: Prepared | None = None
 
@@ -134,10 +140,11 @@ class LanguageModelingData(ResumableData):
             f"{name} {split.files:,} files, {split.bytes:,} bytes, {split.tokens:,} tokens"
             for name, split in prepared.splits.items()
         )
+        left_out = f"; {prepared.bad_records:,} bad files left out" if prepared.bad_records else ""
         filled = f" of whole documents, {self._splits['train'].filled:.1%} of them text" if self.packing else ""
         return (
             f"{text}, sha256 {prepared.corpus_hash[:12]}, tokenizer {self._recipe.tokenizer} of {self.vocab_size:,}, "
-            f"blocks of {self.block_size}{filled}\n{splits}"
+            f"blocks of {self.block_size}{filled}\n{splits}{left_out}"
         )
 
     def prepare_data(self) -> None:
@@ -183,4 +190,4 @@ class LanguageModelingData(ResumableData):
 def _untrained(tokenizer: str) -> Tokenizer | None:
     if tokenizer == "bytes":
         return ByteTokenizer()
-    return None if tokenizer == "bpe" else from_file(tokenizer)
+    return None if tokenizer in TRAINED else from_file(tokenizer)

@@ -106,6 +106,7 @@ class MaskedLanguageModelingData(LanguageModelingData):
         pin_memory: Likewise.
         seed: Seed of the sample order, and of what is hidden.
         cache_dir: Likewise.
+        max_bad_records: Likewise.
 
     Raises:
         UsageError: If an argument is out of range, or at setup if the text cannot be used.
@@ -137,10 +138,12 @@ class MaskedLanguageModelingData(LanguageModelingData):
         pin_memory: bool | None = None,
         seed: int = 0,
         cache_dir: str | None = None,
+        max_bad_records: int = 0,
     ) -> None:
         super().__init__(
             files, val_files, test_files, val_fraction, test_fraction, tokenizer, bpe_vocab_size, block_size,
             packing, batch_size, num_workers, prefetch_factor, persistent_workers, pin_memory, seed, cache_dir,
+            max_bad_records,
         )  # fmt: skip
         self.save_hyperparameters(logger=False, frame=inspect.currentframe())
         if not 0 < mask_fraction < 1:

@@ -2,13 +2,16 @@
 
 import hashlib
 from itertools import accumulate, pairwise
+from typing import TypeVar
 
-from lit_transformer.data.corpus import Documents
+from lit_transformer.data.excerpt import Excerpt
+
+Text = TypeVar("Text", bytes, Excerpt)
 
 _FEWEST_FILES = 20
 
 
-def split_documents(documents: Documents, fractions: dict[str, float]) -> dict[str, Documents]:
+def split_documents(documents: dict[str, Text], fractions: dict[str, float]) -> dict[str, dict[str, Text]]:
     """Take validation and test documents out of the training documents.
 
     Twenty files or more are split by file, so that no text is on both sides: in the order of a hash of their names,
@@ -16,7 +19,7 @@ def split_documents(documents: Documents, fractions: dict[str, float]) -> dict[s
     Fewer files are split by position: the last bytes of their concatenation are held out.
 
     Args:
-        documents: Everything.
+        documents: Everything; of an :class:`~lit_transformer.data.excerpt.Excerpt` only a few bytes are read.
         fractions: Fraction of the bytes of each split to take out.
 
     Returns:
@@ -29,7 +32,7 @@ def split_documents(documents: Documents, fractions: dict[str, float]) -> dict[s
     return (split_by_file if len(documents) >= _FEWEST_FILES else _split_by_position)(documents, fractions)
 
 
-def split_by_file(documents: Documents, fractions: dict[str, float]) -> dict[str, Documents]:
+def split_by_file(documents: dict[str, Text], fractions: dict[str, float]) -> dict[str, dict[str, Text]]:
     """Take whole files out, however few there are; see :func:`split_documents`."""
     waiting = sorted(documents, key=lambda name: hashlib.sha256(name.encode()).digest(), reverse=True)
     total = sum(map(len, documents.values()))
@@ -46,11 +49,11 @@ def split_by_file(documents: Documents, fractions: dict[str, float]) -> dict[str
     }
 
 
-def _split_by_position(documents: Documents, fractions: dict[str, float]) -> dict[str, Documents]:
+def _split_by_position(documents: dict[str, Text], fractions: dict[str, float]) -> dict[str, dict[str, Text]]:
     total = sum(map(len, documents.values()))
     names = ("train", *fractions)
     cuts = [round(total * share) for share in accumulate((1 - sum(fractions.values()), *fractions.values()), initial=0)]
-    parts: dict[str, Documents] = {name: {} for name in names}
+    parts: dict[str, dict[str, Text]] = {name: {} for name in names}
     offset = 0
     for document, content in documents.items():
         for name, (lower, upper) in zip(names, pairwise(cuts), strict=True):
@@ -61,7 +64,7 @@ def _split_by_position(documents: Documents, fractions: dict[str, float]) -> dic
     return parts
 
 
-def _character(content: bytes, position: int) -> int:
+def _character(content: Text, position: int) -> int:
     """Return the start of the character at a position, within the content."""
     i = min(max(position, 0), len(content))
     while i < len(content) and content[i] & 0xC0 == 0x80:

@@ -1,19 +1,20 @@
-"""Text to token ids and back: bytes, or byte-level BPE."""
+"""Text to token ids and back: bytes, or a byte-level BPE or unigram model."""
 
 import codecs
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 import torch
 from numpy.typing import NDArray
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
+from tokenizers.models import BPE, Model, Unigram
 from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
+from tokenizers.trainers import BpeTrainer, Trainer, UnigramTrainer
 from torch import Tensor
 
 from lit_transformer.errors import UsageError
@@ -92,8 +93,8 @@ class ByteTokenizer(Tokenizer):
         return json.dumps({"type": "bytes"})
 
 
-class BPETokenizer(Tokenizer):
-    """A byte-level byte-pair encoding (Radford et al., 2019) in the format of Hugging Face's ``tokenizer.json``.
+class ByteLevelTokenizer(Tokenizer):
+    """A byte-level tokenizer in the format of Hugging Face's ``tokenizer.json``.
 
     Args:
         text: The JSON.
@@ -111,7 +112,7 @@ class BPETokenizer(Tokenizer):
         if '"ByteLevel"' not in json.dumps(json.loads(text)["pre_tokenizer"]):
             raise UsageError(
                 "expected a byte-level tokenizer (the kind of GPT-2, Llama 3, Qwen), got one whose tokens do not stand "
-                "for a fixed number of bytes. Train one with tokenizer=bpe, or use tokenizer=bytes."
+                "for a fixed number of bytes. Train one with tokenizer=bpe or unigram, or use tokenizer=bytes."
             )
         ids = self._tokenizer.get_vocab()
         ends = [ids[token] for token in _END_TOKENS if token in ids]
@@ -126,31 +127,6 @@ class BPETokenizer(Tokenizer):
             elif not added[i].special:
                 self.pieces[i] = token.encode()
 
-    @classmethod
-    def train(cls, documents: Iterable[str], vocab_size: int) -> "BPETokenizer":
-        """Learn merges from documents; ``<|endoftext|>`` is token 0.
-
-        Raises:
-            UsageError: If the text has too few different words for so many tokens.
-        """
-        tokenizer = tokenizers.Tokenizer(BPE())
-        tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = ByteLevelDecoder()
-        trainer = BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[END_OF_TEXT],
-            initial_alphabet=ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        tokenizer.train_from_iterator(documents, trainer)
-        learned = tokenizer.get_vocab_size()
-        if learned < vocab_size:
-            raise UsageError(
-                f"expected enough training text for bpe_vocab_size={vocab_size}, got a vocabulary of {learned} with "
-                f"nothing left to merge. Set bpe_vocab_size={learned}, or give more text."
-            )
-        return cls(tokenizer.to_str())
-
     def encode(self, text: str) -> NDArray[np.int64]:
         """Return the ids of a text."""
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
@@ -160,6 +136,74 @@ class BPETokenizer(Tokenizer):
         return str(self._tokenizer.to_str())
 
 
+class BPETokenizer(ByteLevelTokenizer):
+    """Byte-pair encoding (Sennrich et al., 2016) of bytes (Radford et al., 2019)."""
+
+    @classmethod
+    def train(cls, documents: Iterable[str], vocab_size: int) -> "BPETokenizer":
+        """Learn merges from documents; ``<|endoftext|>`` is token 0.
+
+        Raises:
+            UsageError: If the text has too few different words for so many tokens.
+        """
+        return cls(_train(BPE(), BpeTrainer(vocab_size=vocab_size, **_SETTINGS), documents, vocab_size))
+
+
+class UnigramTokenizer(ByteLevelTokenizer):
+    """A unigram model (Kudo, 2018) of bytes: of all ways to cut a word, the tokens that are most probable together."""
+
+    @classmethod
+    def train(cls, documents: Iterable[str], vocab_size: int) -> "UnigramTokenizer":
+        """Learn tokens and their probabilities from documents; ``<|endoftext|>`` is token 0.
+
+        Raises:
+            UsageError: If the text has too few different words for so many tokens.
+        """
+        trainer = UnigramTrainer(vocab_size=vocab_size, **_SETTINGS)
+        return cls(_in_order(_train(Unigram(), trainer, documents, vocab_size)))
+
+
+TRAINED: dict[str, type[BPETokenizer] | type[UnigramTokenizer]] = {"bpe": BPETokenizer, "unigram": UnigramTokenizer}
+"""The tokenizers that are trained on the text, by name."""
+
+_SETTINGS: dict[str, Any] = {
+    "special_tokens": [END_OF_TEXT],
+    "initial_alphabet": ByteLevel.alphabet(),
+    "show_progress": False,
+}
+
+
+def _train(model: Model, trainer: Trainer, documents: Iterable[str], vocab_size: int) -> str:
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    tokenizer.train_from_iterator(documents, trainer)
+    learned = tokenizer.get_vocab_size()
+    if learned < vocab_size:
+        raise UsageError(
+            f"expected enough training text for bpe_vocab_size={vocab_size}, got a vocabulary of {learned} with "
+            f"nothing left to learn. Set bpe_vocab_size={learned}, or give more text."
+        )
+    return str(tokenizer.to_str())
+
+
+def _in_order(text: str) -> str:
+    """Give the tokens of a unigram model the same ids and scores each time it is trained.
+
+    The trainer goes through words in an order that differs from run to run, which moves the last digits of the scores,
+    and gives bytes that the text does not have scores one ten-thousandth apart, in that order too.
+    """
+    about = json.loads(text)
+    end, *rest = about["model"]["vocab"]
+    scores = {token: round(score, 9) for token, score in rest}
+    rarest = min(scores.values()) + 256 * 1e-4
+    unseen = sorted(token for token, score in scores.items() if len(token) == 1 and score <= rarest)
+    scores |= dict(zip(unseen, sorted((scores[token] for token in unseen), reverse=True), strict=True))
+    ordered = sorted(scores.items(), key=lambda token: (-token[1], token[0]))
+    about["model"]["vocab"] = [end, *(list(token) for token in ordered)]
+    return json.dumps(about, ensure_ascii=False)
+
+
 def from_json(text: str) -> Tokenizer:
     """Rebuild a tokenizer from its :meth:`Tokenizer.to_json`, or from the text of a ``tokenizer.json``.
 
@@ -167,16 +211,23 @@ def from_json(text: str) -> Tokenizer:
         >>> from_json(ByteTokenizer().to_json()).vocab_size
         256
     """
-    return ByteTokenizer() if text == ByteTokenizer().to_json() else BPETokenizer(text)
+    if text == ByteTokenizer().to_json():
+        return ByteTokenizer()
+    try:
+        is_unigram = json.loads(text)["model"]["type"] == "Unigram"
+    except (ValueError, LookupError, TypeError):
+        is_unigram = False  # an older BPE, or no tokenizer, which the next line says
+    return UnigramTokenizer(text) if is_unigram else BPETokenizer(text)
 
 
 def from_file(path: str) -> Tokenizer:
     """Read a ``tokenizer.json``."""
     try:
-        return BPETokenizer(Path(path).expanduser().read_text(encoding="utf-8"))
+        return from_json(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
-            f"expected tokenizer to be 'bytes', 'bpe', or the path of a tokenizer.json, got {path!r}: {error}"
+            "expected tokenizer to be 'bytes', 'bpe', 'unigram', or the path of a tokenizer.json, "
+            f"got {path!r}: {error}"
         ) from error
 
 

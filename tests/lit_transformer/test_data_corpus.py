@@ -1,6 +1,9 @@
+from pathlib import Path
+
 import pytest
 
 from lit_transformer.data import corpus
+from lit_transformer.data.excerpt import Excerpt
 from lit_transformer.data.splits import split_documents
 from lit_transformer.errors import UsageError
 
@@ -37,18 +40,6 @@ def test_a_file_of_python_that_is_no_utf8_is_left_out_and_one_of_the_users_is_no
     assert corpus.read(paths, leave_out_others=True) == {"a.py": b"x = 1"}
     with pytest.raises(UsageError, match=r"b\.py"):
         corpus.read(paths)
-
-
-def test_hash_is_of_names_contents_and_split():
-    splits = {"train": {"a": b"1", "b": b"2"}, "test": {"c": b"3"}}
-    same = {"train": {"a": b"1", "b": b"2"}, "test": {"c": b"3"}}
-    others = [
-        {"train": {"a": b"1", "b": b"3"}, "test": {"c": b"3"}},
-        {"train": {"a": b"1", "x": b"2"}, "test": {"c": b"3"}},
-        {"train": {"a": b"1"}, "test": {"b": b"2", "c": b"3"}},
-    ]
-    assert corpus.content_hash(splits) == corpus.content_hash(same)
-    assert corpus.content_hash(splits) not in map(corpus.content_hash, others)
 
 
 def test_globs_are_sorted_and_each_file_counts_once(tmp_path):
@@ -89,8 +80,8 @@ def test_paths_that_match_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"caf\xe9 au lait", r"got invalid continuation byte at byte 3 of .*bad\.txt"),
-        (b"PK\x03\x00", r"got a zero byte at position 3 of .*bad\.txt: it is binary, or UTF-16"),
+        (b"caf\xe9 au lait", r"got invalid continuation byte at byte 3, in line 1, of .*bad\.txt"),
+        (b"PK\x03\x00", r"got a zero byte at position 3, in line 1, of .*bad\.txt: it is binary, or UTF-16"),
         ("text".encode("utf-16-le"), r"got a zero byte at position 1"),
         (b"", r"got 1 empty file\(s\), the first of them .*bad\.txt"),
     ],
@@ -100,6 +91,48 @@ def test_files_that_are_no_text(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(UsageError, match=message):
         corpus.read([path])
+
+
+def test_a_file_that_cannot_be_opened(tmp_path, monkeypatch):
+    def refused(*_):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "a.txt").write_text("text")
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(UsageError, match=r"a\.txt cannot be read: Permission denied"):
+        corpus.read([tmp_path / "a.txt"])
+
+
+def test_as_many_bad_files_as_are_allowed_are_left_out(tmp_path):
+    for name, content in {"a.txt": b"one", "b.txt": b"\xff", "c.txt": b"a\n\0", "d.txt": b"two\n"}.items():
+        (tmp_path / name).write_bytes(content)
+    paths = sorted(tmp_path.iterdir())
+    documents, bad = corpus.check(paths, max_bad=2)
+    assert {name: (len(text), "".join(text.pieces())) for name, text in documents.items()} == {
+        "a.txt": (3, "one"),
+        "d.txt": (4, "two\n"),
+    }
+    assert ["b.txt" in bad[0], "in line 2, of" in bad[1]] == [True, True]
+    with pytest.raises(UsageError, match=r"position 2.*c\.txt.* bad file 2, more than were allowed"):
+        corpus.check(paths, max_bad=1)
+    with pytest.raises(UsageError, match=r"got 2 bad or empty file\(s\), expected UTF-8 text, got invalid start byte"):
+        corpus.check(paths[1:3], max_bad=5)
+
+
+def test_splits_of_what_is_read_piece_by_piece_are_those_of_bytes(tmp_path):
+    contents = {f"{i}.txt": ("né" * i + "日本🎉" * (i % 3)).encode() for i in range(1, 25)}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    for count in (3, 24):  # by position, and by file
+        some = dict(list(contents.items())[:count])
+        documents = {name: Excerpt(tmp_path / name, 0, len(content)) for name, content in some.items()}
+        for fraction in (0.11, 0.2, 0.35):
+            held_out = {"validation": fraction, "test": fraction}
+            found = {
+                split: {name: "".join(text.pieces()).encode() for name, text in part.items()}
+                for split, part in split_documents(documents, held_out).items()
+            }
+            assert found == split_documents(some, held_out)
 
 
 def test_twenty_files_are_split_by_file_and_a_new_file_moves_few_of_them():

@@ -392,7 +392,7 @@ def test_too_little_text_for_a_block(make):
         ("test_fraction", 0.9, r"leave something to train on, got 0\.1 and 0\.9"),
         ("prefetch_factor", 2, "about worker processes, got num_workers=0"),
         ("persistent_workers", True, "about worker processes, got num_workers=0"),
-        ("tokenizer", "byte", "expected tokenizer to be 'bytes', 'bpe', or the path"),
+        ("tokenizer", "byte", "expected tokenizer to be 'bytes', 'bpe', 'unigram', or the path"),
     ],
 )
 def test_arguments_out_of_range(make, argument, value, message):

@@ -1,19 +1,22 @@
 import json
+import re
 from copy import copy
 
 import numpy as np
 import pytest
 import tokenizers
 
-from lit_transformer.data.tokenizer import BPETokenizer, ByteTokenizer, from_file, from_json
+from lit_transformer.data.tokenizer import TRAINED, BPETokenizer, ByteTokenizer, UnigramTokenizer, from_file, from_json
 from lit_transformer.errors import UsageError
 
 TEXT = "def naïve(x):\n\treturn 'Übergröße' + \"日本語 🎉\"  # <|endoftext|> is text here\n"
 
 
-@pytest.fixture(scope="module", params=["bytes", "bpe"])
+@pytest.fixture(scope="module", params=["bytes", "bpe", "unigram"])
 def tokenizer(request):
-    return ByteTokenizer() if request.param == "bytes" else BPETokenizer.train([TEXT] * 3, vocab_size=280)
+    if request.param == "bytes":
+        return ByteTokenizer()
+    return TRAINED[request.param].train([TEXT] * 3, vocab_size={"bpe": 280, "unigram": 259}[request.param])
 
 
 def test_text_survives(tokenizer):
@@ -72,6 +75,45 @@ def test_bpe_learns_the_size_it_was_asked_for_and_shortens_text():
     assert len(tokenizer.encode(TEXT)) < len(TEXT.encode())
 
 
+def test_unigram_takes_the_most_probable_way_to_cut_a_word():
+    tokenizer = UnigramTokenizer.train([TEXT, "low lower lowest " * 50, "new newer newest " * 30], vocab_size=266)
+    assert tokenizer.vocab_size == 266
+    scores = dict(json.loads(tokenizer.to_json())["model"]["vocab"])
+    for word in ("lower", "newest", "slow", "owe"):
+
+        def best(word):
+            if not word:
+                return 0.0
+            return max(scores[word[:i]] + best(word[i:]) for i in range(1, len(word) + 1) if word[:i] in scores)
+
+        pieces = [tokenizer.decode([i]) for i in tokenizer.encode(word)]
+        assert sum(scores[piece] for piece in pieces) == pytest.approx(best(word))
+    assert len(tokenizer.encode(" lower lower")) <= 6
+
+
+def test_unigram_cuts_any_text_and_puts_it_together_again():
+    tokenizer = UnigramTokenizer.train(["some words in plain letters, and more words"] * 5, vocab_size=258)
+    text = "".join(chr(i) for i in [*range(0x250), 0x4E00, 0x1F389, 0x10FFFF]) + " <|endoftext|>\r\n\r\n  "
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+    assert 0 not in ids
+
+
+def test_unigram_learns_the_same_each_time():
+    words = [f"{i * 7919 % 1013} {chr(97 + i % 26) * (i % 5)}{chr(97 + i % 7)}" for i in range(800)]
+    first, *others = (UnigramTokenizer.train(words, vocab_size=320).to_json() for _ in range(3))
+    assert others == [first, first]
+
+
+def test_unigram_of_too_little_text_names_the_size_that_works():
+    words = [TEXT, "low lower lowest " * 50]
+    with pytest.raises(UsageError, match=r"got a vocabulary of \d+ .* Set bpe_vocab_size=2\d\d") as error:
+        UnigramTokenizer.train(words, vocab_size=300)
+    works = int(re.search(r"Set bpe_vocab_size=(\d+)", str(error.value))[1])
+    assert UnigramTokenizer.train(words, vocab_size=works).vocab_size == works
+
+
 def test_bpe_of_too_little_text_names_the_size_that_works():
     with pytest.raises(UsageError, match=r"got a vocabulary of 259 .* Set bpe_vocab_size=259"):
         BPETokenizer.train(["a b c"], vocab_size=300)
@@ -98,7 +140,9 @@ def test_file_of_another_library(tmp_path):
 
 def test_files_that_are_no_tokenizer(tmp_path):
     path = tmp_path / "tokenizer.json"
-    with pytest.raises(UsageError, match=r"expected tokenizer to be 'bytes', 'bpe', or the path .*, got 'byte'"):
+    with pytest.raises(
+        UsageError, match=r"expected tokenizer to be 'bytes', 'bpe', 'unigram', or the path .*, got 'byte'"
+    ):
         from_file("byte")
     path.write_text('{"a": 1}')
     with pytest.raises(UsageError, match=r"expected the JSON of a Hugging Face tokenizer, got '\{\"a\": 1\}'"):

@@ -3,13 +3,14 @@
 Blocks from a memory-mapped array: our training loader, a plain DataLoader, and nanoGPT's get_batch, in turn. Then
 texts of three distributions of lengths, in batches of 32, of 32 x 256 tokens, or packed into blocks as long as the
 longest. At last every way to read the embedded corpus, and what of it the model of configs/default.yaml can train on.
-One process, no workers, its CPU time.
+One process, no workers, its CPU time. On Linux also the memory that preparing text takes, see data_memory.py.
 
     python benchmarks/data.py
 """
 
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from data_memory import memory
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -212,6 +214,8 @@ def main() -> None:
             print(f"{f'{batch_size} x {BLOCK}':>18}" + "".join(f"{cell:>18}" for cell in cells))
         texts(folder)
         paths(folder)
+    if sys.platform == "linux":
+        memory()
 
 
 if __name__ == "__main__":

@@ -84,12 +84,12 @@ class Recipe:
             return TRAINED[self.tokenizer].train(progress.over(pieces), self.bpe_vocab_size)
 
     def key(self, paths: dict[str, list[Path]]) -> str:
-        """Return a name for the outcome, from the settings and each file's path, size and modification time."""
+        """Return a name for the outcome, from settings, tokenizer, and each file's path, size and modification time."""
         files = {split: [_stamp(path) for path in found] for split, found in paths.items()}
         if self.tokenizer in ("bytes", *TRAINED):
             tokenizer = [self.tokenizer, self.bpe_vocab_size]
         else:
-            tokenizer = _stamp(Path(self.tokenizer).expanduser().absolute())
+            tokenizer = [hashlib.sha256(from_file(self.tokenizer).to_json().encode()).hexdigest()]
         description = [_FORMAT, files, self.val_fraction, self.test_fraction, tokenizer, self.max_bad_records]
         return hashlib.sha256(json.dumps(description).encode()).hexdigest()[:32]
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lit_transformer.data.order import Ids
+from lit_transformer.data.pretrained_tokenizer import load
 from lit_transformer.data.tokenizer import TRAINED, ByteTokenizer, Tokenizer, from_file, from_json
 from lit_transformer.errors import UsageError
 
@@ -54,7 +55,7 @@ class Encoder:
         elif tokenizer.endswith(".json"):
             self._ours = from_file(tokenizer)
         elif tokenizer not in TRAINED:
-            self._theirs = _hugging_face(tokenizer)
+            self._theirs = load(tokenizer)
 
     def _is(self, tokenizer: str) -> bool:
         """Whether a setting names this one; where it names something that is not there, whether it can be."""
@@ -167,21 +168,4 @@ def _rebuilt(files: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         for name, text in json.loads(files).items():
             Path(folder, Path(name).name).write_bytes(text.encode("latin-1"))
-        return _hugging_face(folder)
-
-
-def _hugging_face(name: str) -> Any:
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise UsageError(f"the tokenizer {name} needs transformers: pip install 'lit-transformer[hf]'") from None
-    if not Path(name).is_dir() and ("/" not in name or name.count("/") > 1 or name.startswith((".", "/"))):
-        raise UsageError(
-            f"expected tokenizer to be 'bytes', 'bpe', 'unigram', a tokenizer.json, or the folder or OWNER/NAME of a "
-            f"Hugging Face tokenizer, got {name!r}, and there is no such folder"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"no tokenizer can be loaded from {name}: {reason}") from None
+        return load(folder)

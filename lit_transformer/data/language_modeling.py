@@ -35,8 +35,8 @@ class LanguageModelingData(ResumableData):
         test_files: Test text of its own; if ``None``, ``test_fraction`` of ``files`` is held out.
         val_fraction: Fraction of the bytes held out for validation.
         test_fraction: Fraction of the bytes held out for test.
-        tokenizer: ``"bytes"``, ``"bpe"`` or ``"unigram"`` (trained on the training text), or the path of a byte-level
-            ``tokenizer.json``.
+        tokenizer: ``"bytes"``, ``"bpe"`` or ``"unigram"`` (trained on the training text), the path of a
+            ``tokenizer.json``, or the folder or name of a Hugging Face tokenizer, if these are byte-level.
         bpe_vocab_size: Tokens to learn when ``tokenizer`` is ``"bpe"`` or ``"unigram"``.
         block_size: Tokens in a sample.
         packing: Blocks of whole documents instead, none of which sees another; those longer than a block are cut into

@@ -17,6 +17,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer, Trainer, UnigramTrainer
 from torch import Tensor
 
+from lit_transformer.data.pretrained_tokenizer import load
 from lit_transformer.errors import UsageError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -182,7 +183,7 @@ def _train(model: Model, trainer: Trainer, documents: Iterable[str], vocab_size:
     if learned < vocab_size:
         raise UsageError(
             f"expected enough training text for bpe_vocab_size={vocab_size}, got a vocabulary of {learned} with "
-            f"nothing left to learn. Set bpe_vocab_size={learned}, or give more text."
+            f"nothing left to learn. Set bpe_vocab_size={learned}, or give text of more different words."
         )
     return str(tokenizer.to_str())
 
@@ -221,14 +222,19 @@ def from_json(text: str) -> Tokenizer:
 
 
 def from_file(path: str) -> Tokenizer:
-    """Read a ``tokenizer.json``."""
+    """Read a ``tokenizer.json``, or take that of a Hugging Face tokenizer's folder or name."""
+    file = Path(path).expanduser()
+    if (file / "tokenizer.json").is_file():
+        file /= "tokenizer.json"
+    elif not (file.is_file() or path.endswith(".json")):
+        backend = getattr(load(path), "backend_tokenizer", None)
+        if backend is None:
+            raise UsageError(f"expected a tokenizer with a tokenizer.json, got {path}, which is written in Python")
+        return from_json(backend.to_str())
     try:
-        return from_json(Path(path).expanduser().read_text(encoding="utf-8"))
+        return from_json(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            "expected tokenizer to be 'bytes', 'bpe', 'unigram', or the path of a tokenizer.json, "
-            f"got {path!r}: {error}"
-        ) from error
+        raise UsageError(f"expected the path of a tokenizer.json, got {path!r}: {error}") from error
 
 
 def _byte_alphabet() -> dict[str, int]:

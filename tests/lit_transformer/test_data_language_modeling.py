@@ -375,6 +375,35 @@ def test_trained_tokenizer_arrives_at_setup(make):
     assert data.vocab_size == data.tokenizer.vocab_size == len(data.token_bytes) == 260
 
 
+def test_bad_files_that_are_left_out_are_counted(make, tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    files = [str(tmp_path / "bad.txt"), str(tmp_path / "text.txt")]
+    data = make(files=files, max_bad_records=1)
+    with pytest.warns(UserWarning, match=r"1 bad file\(s\) left out"):
+        data.prepare_data()
+    data.setup()
+    assert data.describe().endswith("test 1 files, 25 bytes, 26 tokens; 1 bad files left out")
+    with pytest.raises(UsageError, match=r"byte 0, in line 1, of .*bad\.txt"):
+        make(files=files).setup()
+
+
+def test_a_run_on_unigram_tokens_is_resumed_by_data_prepared_anew(make, tmp_path):
+    (tmp_path / "words.txt").write_text("the lower, the lowest and the newest of all words\n" * 40)
+    settings = {"files": str(tmp_path / "words.txt"), "tokenizer": "unigram", "bpe_vocab_size": 260}
+    data = make(**settings)
+    assert data.vocab_size == 260
+    seen = fit(data, tmp_path, max_epochs=1)
+    assert len(seen) > 3
+    again = make(**settings, cache_dir=str(tmp_path / "elsewhere"))
+    again.load_state_dict(data.state_dict())
+    again.setup()
+    assert again.position() == data.position() == 4 * len(seen)
+    batch = next(iter(again.train_dataloader()))
+    assert all(
+        data.tokenizer.decode(row) in (tmp_path / "words.txt").read_text() for row in batch["input_ids"].tolist()
+    )
+
+
 def test_too_little_text_for_a_block(make):
     with pytest.raises(UsageError, match=r"at least block_size \+ 1 = 101 tokens of validation text, got 27"):
         make(block_size=100).setup()
@@ -386,13 +415,14 @@ def test_too_little_text_for_a_block(make):
         ("batch_size", 0, "batch_size must be at least 1, got 0"),
         ("block_size", -1, "block_size must be at least 1, got -1"),
         ("bpe_vocab_size", 256, "bpe_vocab_size must be at least 257, got 256"),
+        ("max_bad_records", -1, "max_bad_records must be at least 0, got -1"),
         ("num_workers", -1, "num_workers must be at least 0, got -1"),
         ("seed", -1, "seed must be at least 0, got -1"),
         ("val_fraction", 0.0, r"must be above 0 .*, got 0\.0 and 0\.1"),
         ("test_fraction", 0.9, r"leave something to train on, got 0\.1 and 0\.9"),
         ("prefetch_factor", 2, "about worker processes, got num_workers=0"),
         ("persistent_workers", True, "about worker processes, got num_workers=0"),
-        ("tokenizer", "byte", "expected tokenizer to be 'bytes', 'bpe', 'unigram', or the path"),
+        ("tokenizer", "byte", "expected tokenizer to be 'bytes', 'bpe', 'unigram', a tokenizer.json, or the folder"),
     ],
 )
 def test_arguments_out_of_range(make, argument, value, message):

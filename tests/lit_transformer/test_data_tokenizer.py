@@ -138,12 +138,33 @@ def test_file_of_another_library(tmp_path):
     assert tokenizer.decode(ids) == "    é"
 
 
+def test_a_tokenizer_of_hugging_face(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours = BPETokenizer.train([TEXT] * 3, vocab_size=280)
+    whole = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(ours.to_json()))
+    whole.save_pretrained(tmp_path / "folder")
+    found = from_file(str(tmp_path / "folder"))
+    assert found.pieces == ours.pieces
+    assert np.array_equal(found.encode(TEXT), ours.encode(TEXT))
+    without = {"vocab": tmp_path / "gpt2" / "vocab.json", "merges": tmp_path / "gpt2" / "merges.txt"}
+    without["vocab"].parent.mkdir()
+    model = json.loads(ours.to_json())["model"]
+    without["vocab"].write_text(json.dumps(model["vocab"]))
+    without["merges"].write_text("\n".join(" ".join(pair) for pair in model["merges"]))
+    (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
+    by_name = from_file(str(tmp_path / "gpt2"))
+    assert by_name.decode(by_name.encode(TEXT)) == TEXT
+    assert len(by_name.encode(TEXT)) == len(ours.encode(TEXT))
+
+
 def test_files_that_are_no_tokenizer(tmp_path):
     path = tmp_path / "tokenizer.json"
     with pytest.raises(
-        UsageError, match=r"expected tokenizer to be 'bytes', 'bpe', 'unigram', or the path .*, got 'byte'"
+        UsageError, match=r"expected tokenizer to be 'bytes', 'bpe', 'unigram', a tokenizer.json, or .* got 'byte'"
     ):
         from_file("byte")
+    with pytest.raises(UsageError, match=r"expected the path of a tokenizer\.json, got .*none\.json.*No such file"):
+        from_file(str(tmp_path / "none.json"))
     path.write_text('{"a": 1}')
     with pytest.raises(UsageError, match=r"expected the JSON of a Hugging Face tokenizer, got '\{\"a\": 1\}'"):
         from_file(str(path))

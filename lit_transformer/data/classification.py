@@ -49,10 +49,10 @@ class ClassificationData(TableData):
             their number over that of the classes and that of the samples of the class.
         val_fraction: Fraction held out for validation.
         test_fraction: Fraction held out for test.
-        tokenizer: ``"bytes"``, ``"bpe"`` (trained on the training texts), the path of a byte-level
+        tokenizer: ``"bytes"``, ``"bpe"`` or ``"unigram"`` (trained on the training texts), the path of a byte-level
             ``tokenizer.json``, or a folder or name of a Hugging Face tokenizer, which adds the special tokens that its
             model expects.
-        bpe_vocab_size: Tokens to learn when ``tokenizer`` is ``"bpe"``.
+        bpe_vocab_size: Tokens to learn when ``tokenizer`` is ``"bpe"`` or ``"unigram"``.
         max_length: Tokens of the longest text.
         too_long: ``"truncate"`` cuts longer ones off, how many is reported; ``"refuse"`` counts them as bad records.
         max_bad_records: How many records that cannot be used may be left out, over all files; they are reported.

@@ -46,9 +46,9 @@ class SequencePairData(TableData):
         weight_column: Name of a column with how much a pair counts in training; in evaluation all count alike.
         val_fraction: Fraction held out for validation.
         test_fraction: Fraction held out for test.
-        tokenizer: ``"bytes"``, ``"bpe"`` (trained on sources and targets of training), the path of a byte-level
-            ``tokenizer.json``, or a folder or name of a Hugging Face tokenizer.
-        bpe_vocab_size: Tokens to learn when ``tokenizer`` is ``"bpe"``.
+        tokenizer: ``"bytes"``, ``"bpe"`` or ``"unigram"`` (trained on sources and targets of training), the path of a
+            byte-level ``tokenizer.json``, or a folder or name of a Hugging Face tokenizer.
+        bpe_vocab_size: Tokens to learn when ``tokenizer`` is ``"bpe"`` or ``"unigram"``.
         max_length: Tokens of the longest source.
         max_target_length: Tokens of the longest target, the one that ends it counted.
         too_long: ``"truncate"`` cuts longer ones off, how many is reported; ``"refuse"`` counts them as bad records.

@@ -88,6 +88,41 @@ def test_robust_on_a_healthy_descent_with_noise():
         assert anomalies <= 4
 
 
+def long_and_short(steps):
+    """Every seventh batch is of long texts, which cost twice as much."""
+    generator = random.Random(5)
+    return [((4.0 if i % 7 == 3 else 2.0) + generator.gauss(0, 0.05), 1.0) for i in range(steps)]
+
+
+def test_robust_takes_what_recurs_for_the_data():
+    rule, anomalies = RobustRule(), []
+    for i, (loss, norm) in enumerate(long_and_short(300)):
+        verdict = rule.judge(loss, norm)
+        if verdict.anomalous:
+            anomalies.append(i)
+        rule.keep(loss, norm, accepted=not verdict.anomalous)
+    assert anomalies == [24, 31]  # the first two that are judged, of forty
+    assert rule.judge(4.0, 1.0).score > 6
+    assert not rule.judge(4.0, 1.0).anomalous
+    assert rule.judge(5.0, 1.0).anomalous  # further out than they were
+    assert rule.judge(4.0, 40.0).anomalous
+    state = rule.state_dict()
+    rule.rewind()
+    assert rule.judge(4.0, 1.0).anomalous
+    again = RobustRule()
+    again.load_state_dict({name: value for name, value in state.items() if name not in ("outliers", "borne")})
+    assert again.judge(4.0, 1.0).anomalous  # a state of before these were remembered
+
+
+def test_robust_does_not_take_an_episode_for_the_data():
+    rule = fed(RobustRule(), long_and_short(100))
+    rule.rewind()
+    for _ in range(30):
+        verdict = rule.judge(4.0, 1.0)
+        assert verdict.anomalous
+        rule.keep(4.0, 1.0, accepted=False)
+
+
 def test_robust_lets_losses_near_zero_have_a_long_tail():
     """Those of a classifier that is nearly always right: a hundred times the median is nothing unusual."""
     generator, rule, anomalies = random.Random(0), RobustRule(), 0

@@ -58,7 +58,7 @@ class SpikeRule(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Judge as the rule that was saved."""
-        self._memory = copy.deepcopy(state)
+        self._memory = self._memory | copy.deepcopy(state)  # an older one has less in it
 
 
 def require(rule: str, name: str, value: float, low: float, above: bool = False) -> None:

@@ -16,6 +16,9 @@ _LOG_FACTOR = 1.5
 _RECENT = 5
 _SHORT, _LONG = 20, 200  # steps that the slow eye compares
 _SLOW_SHARE, _SLOW_ERRORS = 0.05, 8.0
+_USUAL_AFTER = 2  # outliers in the last 200 steps, that make the next one usual
+_USUAL_HIGHS = 0.05  # of these steps, which make three in five no wonder
+_USUAL_LOSS, _USUAL_NORM = 1.1, 1.5  # times that of those, which it may reach
 
 
 @dataclass
@@ -28,6 +31,10 @@ class RobustRule(SpikeRule):
     never enter the window. Positive losses must be nearly as far out in logarithms: those of a classifier that makes
     few errors have a long tail. The constants were chosen on 42 000 healthy steps of 25 small language models and 166
     faulted continuations: 0.7 false alarms in 1000 shuffled steps.
+
+    What recurs belongs to the data, as batches of long texts among many of short ones do. A step that is out of line,
+    but not the third in five, is usual if two others were as far out in the last 200 steps, each followed by a normal
+    one; and three in five are no wonder where more than one in twenty was above ``k_often``. A rollback ends that.
 
     A step is suspicious if the loss is as far *below* the window, or if the median of the last 20 losses has risen
     above its lowest of the last 200, by 5 % and by 8 standard errors: damage that comes slowly.
@@ -43,7 +50,7 @@ class RobustRule(SpikeRule):
     Raises:
         ValueError: If ``window`` is below 2, ``least`` not in 2..window, or a threshold not above 0.
 
-    State: at most ``window`` losses and norms, five flags, 200 medians.
+    State: at most ``window`` losses and norms, 200 medians and flags, and what was out of line in the last 200 steps.
 
     Cost: 60 microseconds a step.
 
@@ -73,14 +80,25 @@ class RobustRule(SpikeRule):
 
     def judge(self, loss: float, grad_norm: float) -> Verdict:
         """Look, and change nothing."""
-        losses, norms, high = self._memory["losses"], self._memory["norms"], self._memory["high"]
+        losses = self._memory["losses"]
         if len(losses) < self.least:
             return Verdict(anomalous=False, score=0.0)
         middle, scale = _middle_and_scale(losses)
         scale = max(scale, _LOSS_FLOOR * abs(middle))
         if not scale:  # more than half of the losses are 0
             return Verdict(anomalous=False, score=0.0)
-        z_loss, z_norm = self._z_loss(loss), 0.0
+        z_loss = self._z_loss(loss)
+        reason = self._reason(z_loss, grad_norm)
+        if reason and not self._is_usual(loss, grad_norm):
+            return Verdict(True, z_loss, reason, max(loss - middle, self.k_often * scale))
+        if z_loss < -self.k_loss:
+            return Verdict(False, z_loss, "loss too low", self.k_loss * scale, suspicious=True)
+        risen = self._risen(scale)
+        return Verdict(False, z_loss, "loss has risen" if risen else "", risen, suspicious=risen > 0)
+
+    def _reason(self, z_loss: float, grad_norm: float) -> str:
+        """What is out of line; nothing, as a rule."""
+        norms, z_norm = self._memory["norms"], 0.0
         if grad_norm > 0 and len(norms) >= self.least:
             log_middle, log_scale = _middle_and_scale(norms)
             z_norm = (math.log(grad_norm) - log_middle) / max(log_scale, _NORM_FLOOR)
@@ -88,15 +106,23 @@ class RobustRule(SpikeRule):
             "loss": z_loss > self.k_loss,
             "gradient norm": z_norm > self.k_norm,
             "loss and gradient norm": min(z_loss, z_norm) > self.k_both,
-            "loss, often": z_loss > self.k_often and sum(high[1 - _RECENT :]) + 1 >= 3,
+            "loss, often": z_loss > self.k_often and self._is_often(),
         }
-        reason = next((part for part, spoke in parts.items() if spoke), "")
-        if reason:
-            return Verdict(True, z_loss, reason, max(loss - middle, self.k_often * scale))
-        if z_loss < -self.k_loss:
-            return Verdict(False, z_loss, "loss too low", self.k_loss * scale, suspicious=True)
-        risen = self._risen(scale)
-        return Verdict(False, z_loss, "loss has risen" if risen else "", risen, suspicious=risen > 0)
+        return next((part for part, spoke in parts.items() if spoke), "")
+
+    def _is_often(self) -> bool:
+        """Whether one more is the third in five, and that is a wonder."""
+        high, borne = self._memory["high"], self._memory["borne"]
+        return sum(high[1 - _RECENT :]) + 1 >= 3 and sum(borne) <= _USUAL_HIGHS * _LONG
+
+    def _is_usual(self, loss: float, grad_norm: float) -> bool:
+        """Whether what is out of line has been so before, and normal steps came after."""
+        alike = [
+            True
+            for _, other, norm, over in self._memory["outliers"]
+            if over and loss <= _USUAL_LOSS * other and grad_norm <= _USUAL_NORM * norm
+        ]
+        return len(alike) >= _USUAL_AFTER and not self._is_often()
 
     def _z_loss(self, loss: float) -> float:
         losses = self._memory["losses"]
@@ -110,8 +136,16 @@ class RobustRule(SpikeRule):
     def keep(self, loss: float, grad_norm: float, accepted: bool) -> None:
         """Remember a step that was judged, and whether it was made."""
         memory = self._memory
+        memory["outliers"] = [[age + 1, *rest] for age, *rest in memory["outliers"] if age < _LONG]
         if len(memory["losses"]) >= self.least:
-            memory["high"] = [*memory["high"], self._z_loss(loss) > self.k_often][-_RECENT:]
+            z_loss = self._z_loss(loss)
+            high = z_loss > self.k_often
+            memory["high"] = [*memory["high"], high][-_RECENT:]
+            memory["borne"] = [*memory["borne"], high and accepted][-_LONG:]
+            if not accepted or self._reason(z_loss, grad_norm):
+                memory["outliers"].append([0, loss, grad_norm, False])
+            else:
+                memory["outliers"] = [[*outlier[:3], True] for outlier in memory["outliers"]]
         if accepted:
             self._learn(loss, grad_norm)
             if len(memory["losses"]) >= _SHORT:
@@ -125,13 +159,14 @@ class RobustRule(SpikeRule):
 
     def restart(self, values: Iterable[tuple[float, float]] = ()) -> None:
         """Forget everything: the level has changed, and these losses and gradient norms are the new normal."""
-        self._memory = {"losses": [], "norms": [], "high": [], "medians": []}
+        self._memory = {"losses": [], "norms": [], "high": [], "medians": [], "outliers": [], "borne": []}
         for loss, grad_norm in values:
             self._learn(loss, grad_norm)
 
     def rewind(self) -> None:
         """The weights have gone back to an earlier step: forget how the last losses followed one another."""
-        self._memory["high"], self._memory["medians"] = [], []
+        for name in ("high", "borne", "medians", "outliers"):
+            self._memory[name] = []
 
     def _risen(self, scale: float) -> float:
         """Nats by which the loss has risen slowly, 0 if it has not."""

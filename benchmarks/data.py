@@ -31,12 +31,12 @@ from lit_transformer.data import (
     MaskedLanguageModelingData,
     SequencePairData,
 )
-from lit_transformer.data.grouped import GroupedStream, padding
-from lit_transformer.data.loader import Blocks, TrainingLoader
-from lit_transformer.data.order import SampleStream
-from lit_transformer.data.packed import PackedBlocks
-from lit_transformer.data.padded import LabelledTexts
+from lit_transformer.data.batching.grouped import GroupedStream, padding
+from lit_transformer.data.batching.loader import Blocks, TrainingLoader
+from lit_transformer.data.batching.order import SampleStream
+from lit_transformer.data.batching.packed import PackedBlocks
 from lit_transformer.data.resumable import ResumableData
+from lit_transformer.data.tables.padded import LabelledTexts
 
 TOKENS, BLOCK, ROUNDS, BATCHES = 20_000_000, 256, 9, 200
 

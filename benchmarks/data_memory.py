@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lit_transformer.data.cache import Recipe, prepare
+from lit_transformer.data.text.cache import Recipe, prepare
 
 HELD = 256 * 2**14  # pieces of 16 KiB that tokenizers reads ahead when it learns
 WAYS = {"bytes": (1, 10, 100), "bpe": (1, 10), "unigram": (1, 10)}

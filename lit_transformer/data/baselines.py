@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_transformer.data.order import Ids
-from lit_transformer.data.ragged import Ragged
+from lit_transformer.data.batching.order import Ids
+from lit_transformer.data.batching.ragged import Ragged
 
 
 @dataclass(frozen=True)

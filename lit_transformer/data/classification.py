@@ -10,14 +10,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_transformer.data import corpus
-from lit_transformer.data.augment import Augmentation
+from lit_transformer.data.augmentation.augmenter import Augmentation
 from lit_transformer.data.baselines import Baseline, bag_of_words
-from lit_transformer.data.functions import functions, largest_packages, split_packages
-from lit_transformer.data.limits import Encoded, Rows
-from lit_transformer.data.padded import LabelledTexts
-from lit_transformer.data.records import Records, stratified
-from lit_transformer.data.table_data import TableData
+from lit_transformer.data.tables.limits import Encoded, Rows
+from lit_transformer.data.tables.padded import LabelledTexts
+from lit_transformer.data.tables.records import Records, stratified
+from lit_transformer.data.tables.table_data import TableData
+from lit_transformer.data.text import corpus
+from lit_transformer.data.text.functions import functions, largest_packages, split_packages
 from lit_transformer.errors import UsageError
 
 _PACKAGES = 8

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_transformer.data.order import Ids
+from lit_transformer.data.batching.order import Ids
 from lit_transformer.data.pretrained_tokenizer import load
 from lit_transformer.data.tokenizer import TRAINED, ByteTokenizer, Tokenizer, from_file, from_json
 from lit_transformer.errors import UsageError

@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from lit_transformer.data.baselines import Baseline, unigram_loss
-from lit_transformer.data.cache import Prepared, Recipe, prepare
-from lit_transformer.data.loader import Blocks, Samples
-from lit_transformer.data.packed import PackedBlocks
+from lit_transformer.data.batching.loader import Blocks, Samples
+from lit_transformer.data.batching.packed import PackedBlocks
 from lit_transformer.data.resumable import ResumableData
+from lit_transformer.data.text.cache import Prepared, Recipe, prepare
 from lit_transformer.data.tokenizer import TRAINED, ByteTokenizer, Tokenizer, from_file
 from lit_transformer.errors import UsageError
 
@@ -54,7 +54,7 @@ class LanguageModelingData(ResumableData):
     Shapes:
         A batch is a dict of int64 tensors: ``input_ids`` and ``targets`` (the same, one token later) of
         ``(batch_size, block_size)``, and ``sample_ids`` of ``(batch_size,)``. With ``packing`` see
-        :class:`~lit_transformer.data.packed.PackedBlocks`.
+        :class:`~lit_transformer.data.batching.packed.PackedBlocks`.
 
     Raises:
         UsageError: If an argument is out of range, or at setup if the text cannot be used.

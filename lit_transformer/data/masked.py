@@ -9,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lit_transformer.data.batching.loader import Batch, Blocks, Samples
+from lit_transformer.data.batching.order import Ids, noise
+from lit_transformer.data.batching.whole_words import Words
 from lit_transformer.data.language_modeling import LanguageModelingData
-from lit_transformer.data.loader import Batch, Blocks, Samples
-from lit_transformer.data.order import Ids, noise
-from lit_transformer.data.whole_words import Words
 from lit_transformer.errors import UsageError
 from lit_transformer.objectives import IGNORED
 
@@ -89,7 +89,7 @@ class MaskedLanguageModelingData(LanguageModelingData):
     Args:
         mask_fraction: Share of the tokens to be guessed; 0.15 in BERT (Devlin et al. 2019).
         whole_words: Hide all tokens of a word or none, as the BERT models "with whole word masking" did; the share is
-            the same on average. What a word is says :class:`~lit_transformer.data.whole_words.Words`.
+            the same on average. What a word is says :class:`~lit_transformer.data.batching.whole_words.Words`.
         files: See :class:`~lit_transformer.data.LanguageModelingData`.
         val_files: Likewise.
         test_files: Likewise.

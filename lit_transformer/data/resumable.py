@@ -9,9 +9,9 @@ from weakref import WeakSet
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
-from lit_transformer.data.grouped import GroupedStream, padding
-from lit_transformer.data.loader import Batch, EvaluationLoader, Samples, TrainingLoader
-from lit_transformer.data.order import SampleStream
+from lit_transformer.data.batching.grouped import GroupedStream, padding
+from lit_transformer.data.batching.loader import Batch, EvaluationLoader, Samples, TrainingLoader
+from lit_transformer.data.batching.order import SampleStream
 from lit_transformer.errors import UsageError
 
 

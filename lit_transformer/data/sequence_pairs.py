@@ -9,15 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 from torchmetrics.text import CHRFScore, SacreBLEUScore
 
-from lit_transformer.data import corpus
-from lit_transformer.data.augment import Augmentation
+from lit_transformer.data.augmentation.augmenter import Augmentation
 from lit_transformer.data.baselines import Baseline, unigram_loss
-from lit_transformer.data.functions import docstrings
-from lit_transformer.data.limits import Encoded, Rows
-from lit_transformer.data.padded import TextPairs
-from lit_transformer.data.records import Records, stratified
-from lit_transformer.data.splits import split_documents
-from lit_transformer.data.table_data import TableData
+from lit_transformer.data.tables.limits import Encoded, Rows
+from lit_transformer.data.tables.padded import TextPairs
+from lit_transformer.data.tables.records import Records, stratified
+from lit_transformer.data.tables.table_data import TableData
+from lit_transformer.data.text import corpus
+from lit_transformer.data.text.functions import docstrings
+from lit_transformer.data.text.splits import split_documents
 
 _SCORED = 128  # chrF takes some 25 milliseconds a pair
 

@@ -2,8 +2,8 @@
 
 import sys
 
-from lit_transformer.data import unfinished
-from lit_transformer.data.cache import Recipe, prepare
+from lit_transformer.data.text import unfinished
+from lit_transformer.data.text.cache import Recipe, prepare
 
 
 def main(root, *texts):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lit_transformer.data.array_file import ArrayFile
+from lit_transformer.data.text.array_file import ArrayFile
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])

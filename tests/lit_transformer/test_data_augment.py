@@ -24,9 +24,9 @@ from lit_transformer import (
     TransformerConfig,
 )
 from lit_transformer.cli import main
-from lit_transformer.data.augment import checked
-from lit_transformer.data.loader import TrainingLoader
-from lit_transformer.data.order import SampleStream
+from lit_transformer.data.augmentation.augmenter import checked
+from lit_transformer.data.batching.loader import TrainingLoader
+from lit_transformer.data.batching.order import SampleStream
 from lit_transformer.errors import UsageError
 
 KINDS = [ClassificationData, SequencePairData]
@@ -189,7 +189,7 @@ def test_a_fit_that_is_resumed_ends_as_the_one_that_was_not(kind, files, tmp_pat
     resumed, _ = fit(10, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
     torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["datamodule_hyper_parameters"]["augmentations"]
-    assert saved[0].startswith("lit_transformer.data.back_translation.BackTranslation(to=")
+    assert saved[0].startswith("lit_transformer.data.augmentation.back_translation.BackTranslation(to=")
     assert saved[1]["init_args"] == {"probability": 0.5}
 
 

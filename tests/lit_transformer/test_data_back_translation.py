@@ -13,8 +13,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from helpers import make_trainer
 from hf_models import save_bart, save_bert, save_t5
 from lit_transformer import BackTranslation, LitSeq2Seq, SentenceShuffle, SequencePairData, TransformerConfig
-from lit_transformer.data.augment_specs import to_spec
-from lit_transformer.data.translators import load_translator
+from lit_transformer.data.augmentation.specs import to_spec
+from lit_transformer.data.augmentation.translators import load_translator
 from lit_transformer.errors import UsageError
 
 TEXTS = [f"w{i % 40} w{7 * i % 40}" + " w1" * (i % 5) for i in range(20)]
@@ -184,7 +184,7 @@ def test_two_ranks_share_the_work_and_learn_of_an_error(tmp_path):
 def test_what_a_checkpoint_says_of_it():
     augmentation = BackTranslation("a/b", "c/d", 0.3)
     arguments = {"to": "a/b", "back": "c/d", "probability": 0.3, "batch_size": 32, "file": None}
-    path = "lit_transformer.data.back_translation.BackTranslation"
+    path = "lit_transformer.data.augmentation.back_translation.BackTranslation"
     assert to_spec(augmentation) == {"class_path": path, "init_args": arguments}
     name = f"{__name__}.Translator"
     expected = f"{path}(to='a/b', back={name}, probability=0.5, batch_size=32, file=None)"

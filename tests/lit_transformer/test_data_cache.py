@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lit_transformer.data import corpus, excerpt, unfinished
-from lit_transformer.data.cache import Recipe, prepare
-from lit_transformer.data.splits import split_documents
+from lit_transformer.data.text import corpus, excerpt, unfinished
+from lit_transformer.data.text.cache import Recipe, prepare
+from lit_transformer.data.text.splits import split_documents
 from lit_transformer.data.tokenizer import BPETokenizer, ByteTokenizer
 from lit_transformer.errors import UsageError
 

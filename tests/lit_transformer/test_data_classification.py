@@ -8,8 +8,8 @@ import torch
 
 from hf_models import save_bert
 from lit_transformer import ClassificationData
-from lit_transformer.data.records import BadRecords
-from lit_transformer.data.tables import Columns, read_files
+from lit_transformer.data.tables.read import Columns, read_files
+from lit_transformer.data.tables.records import BadRecords
 from lit_transformer.errors import UsageError
 
 ROWS = [(f"w{i % 40} w{(3 * i) % 40}" + " w1" * (i % 5), "odd" if i % 3 == 1 else "even") for i in range(60)]

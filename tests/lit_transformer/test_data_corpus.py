@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from lit_transformer.data import corpus
-from lit_transformer.data.excerpt import Excerpt
-from lit_transformer.data.splits import split_documents
+from lit_transformer.data.text import corpus
+from lit_transformer.data.text.excerpt import Excerpt
+from lit_transformer.data.text.splits import split_documents
 from lit_transformer.errors import UsageError
 
 HELD_OUT = {"validation": 0.05, "test": 0.05}

@@ -7,8 +7,8 @@ from tokenizers import Regex
 from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
-from lit_transformer.data import excerpt
-from lit_transformer.data.excerpt import Excerpt
+from lit_transformer.data.text import excerpt
+from lit_transformer.data.text.excerpt import Excerpt
 from lit_transformer.data.tokenizer import BPETokenizer, UnigramTokenizer
 from lit_transformer.errors import UsageError
 

@@ -14,8 +14,8 @@ from data_worker import WAYS, train
 
 from helpers import two_ranks
 from lit_transformer import ClassificationData, SequencePairData
-from lit_transformer.data.grouped import GroupedStream, padding
-from lit_transformer.data.loader import TrainingLoader
+from lit_transformer.data.batching.grouped import GroupedStream, padding
+from lit_transformer.data.batching.loader import TrainingLoader
 from lit_transformer.errors import UsageError
 
 RNG = np.random.default_rng(0)

@@ -352,7 +352,7 @@ def test_setup_again_changes_nothing(data):
 
 
 def test_second_setup_does_not_tokenise(make, data, monkeypatch):
-    monkeypatch.setattr("lit_transformer.data.cache._encode", None)
+    monkeypatch.setattr("lit_transformer.data.text.cache._encode", None)
     again = make()
     again.prepare_data()
     again.setup()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lit_transformer import MaskedLanguageModelingData
-from lit_transformer.data.order import noise
+from lit_transformer.data.batching.order import noise
 from lit_transformer.errors import UsageError
 
 

@@ -3,7 +3,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from lit_transformer.data.order import SampleStream, order
+from lit_transformer.data.batching.order import SampleStream, order
 from lit_transformer.errors import UsageError
 
 

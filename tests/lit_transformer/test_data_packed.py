@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lit_transformer import LitCausalLM, LitMaskedLM, TransformerConfig
 from lit_transformer.data import LanguageModelingData, MaskedLanguageModelingData
-from lit_transformer.data.packed import PackedBlocks, pack
+from lit_transformer.data.batching.packed import PackedBlocks, pack
 from lit_transformer.errors import UsageError
 from lit_transformer.nn import Encoder, MaskedTransformer, Transformer
 from tiny_task import trainer

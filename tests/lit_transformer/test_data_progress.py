@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from lit_transformer.data import progress
-from lit_transformer.data.progress import Progress
+from lit_transformer.data.text import progress
+from lit_transformer.data.text.progress import Progress
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lit_transformer import SentenceShuffle
-from lit_transformer.data.sentence_shuffle import _split
+from lit_transformer.data.augmentation.sentence_shuffle import _split
 from lit_transformer.errors import UsageError
 
 

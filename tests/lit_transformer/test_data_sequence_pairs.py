@@ -6,7 +6,7 @@ import pytest
 
 from hf_models import save_bert
 from lit_transformer import SequencePairData
-from lit_transformer.data.functions import docstrings
+from lit_transformer.data.text.functions import docstrings
 from lit_transformer.errors import UsageError
 
 ROWS = [(f"w{i % 40} w{(3 * i) % 40}" + " w1" * (i % 5), f"w{i % 7}" * (1 + i % 3)) for i in range(60)]

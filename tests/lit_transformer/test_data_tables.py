@@ -9,8 +9,8 @@ import torch
 
 from helpers import make_trainer
 from lit_transformer import ClassificationData, LitClassifier, SequencePairData, TransformerConfig
-from lit_transformer.data.records import BadRecords
-from lit_transformer.data.tables import Columns, read_files
+from lit_transformer.data.tables.read import Columns, read_files
+from lit_transformer.data.tables.records import BadRecords
 from lit_transformer.errors import UsageError
 
 ROWS = [(f"word {i} of it", "odd" if i % 3 == 1 else "even") for i in range(40)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lit_transformer import ClassificationData, SequencePairData
-from lit_transformer.data.token_dropout import drop_tokens
+from lit_transformer.data.batching.token_dropout import drop_tokens
 from lit_transformer.errors import UsageError
 
 

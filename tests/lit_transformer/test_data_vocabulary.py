@@ -12,8 +12,8 @@ from tokenizers import Tokenizer as Backend
 from helpers import make_trainer
 from hf_models import save_bert
 from lit_transformer import ClassificationData, LitClassifier, SequencePairData, TransformerConfig
-from lit_transformer.data import table_data
 from lit_transformer.data.encoder import Encoder
+from lit_transformer.data.tables import table_data
 from lit_transformer.data.tokenizer import BPETokenizer
 from lit_transformer.errors import UsageError
 from lit_transformer.run.resume import check_same_configuration

@@ -12,11 +12,11 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFas
 
 from helpers import make_trainer
 from lit_transformer import LitMaskedLM, MaskedLanguageModelingData, TransformerConfig
-from lit_transformer.data.loader import Blocks
+from lit_transformer.data.batching.loader import Blocks
+from lit_transformer.data.batching.packed import PackedBlocks
+from lit_transformer.data.batching.whole_words import Words
 from lit_transformer.data.masked import Masked
-from lit_transformer.data.packed import PackedBlocks
 from lit_transformer.data.tokenizer import BPETokenizer, ByteTokenizer
-from lit_transformer.data.whole_words import Words
 from lit_transformer.errors import UsageError
 
 WORDS = ["the", "transformer", "attends", "to", "unbelievable", "words", "of", "antidisestablishment"]

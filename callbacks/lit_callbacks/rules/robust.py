@@ -112,8 +112,8 @@ class RobustRule(SpikeRule):
 
     def _is_often(self) -> bool:
         """Whether one more is the third in five, and that is a wonder."""
-        high, borne = self._memory["high"], self._memory["borne"]
-        return sum(high[1 - _RECENT :]) + 1 >= 3 and sum(borne) <= _USUAL_HIGHS * _LONG
+        recent, borne = sum(self._memory["high"][1 - _RECENT :]), sum(self._memory["borne"])
+        return bool(recent + 1 >= 3 and borne <= _USUAL_HIGHS * _LONG)
 
     def _is_usual(self, loss: float, grad_norm: float) -> bool:
         """Whether what is out of line has been so before, and normal steps came after."""

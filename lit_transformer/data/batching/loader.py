@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lit_transformer.data.order import Ids, SampleStream
+from lit_transformer.data.batching.order import Ids, SampleStream
 from lit_transformer.errors import UsageError
 
 Batch = dict[str, Tensor]

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from lit_transformer.data.order import Ids
-from lit_transformer.data.records import BadRecords, Records
+from lit_transformer.data.batching.order import Ids
+from lit_transformer.data.tables.records import BadRecords, Records
 
 Rows = list[list[int]]
 Encoded = tuple[str, Rows, Ids]

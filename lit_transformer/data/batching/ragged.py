@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_transformer.data.order import Ids
+from lit_transformer.data.batching.order import Ids
 
 
 class Ragged:

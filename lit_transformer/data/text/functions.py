@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Iterator
 from textwrap import dedent
 
-from lit_transformer.data.corpus import Documents
-from lit_transformer.data.splits import split_by_file
+from lit_transformer.data.text.corpus import Documents
+from lit_transformer.data.text.splits import split_by_file
 
 Sample = tuple[str, str]
 """A text and what is to be said of it."""

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_transformer.data import hub
-from lit_transformer.data.corpus import find
-from lit_transformer.data.records import BadRecords, Records
-from lit_transformer.data.text_tables import Row, is_json_array, read_delimited, read_json_array, read_json_lines
+from lit_transformer.data.tables import hub
+from lit_transformer.data.tables.records import BadRecords, Records
+from lit_transformer.data.tables.text_tables import Row, is_json_array, read_delimited, read_json_array, read_json_lines
+from lit_transformer.data.text.corpus import find
 from lit_transformer.errors import UsageError
 
 _ENDINGS = ("csv", "tsv", "json", "jsonl", "parquet")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_transformer.data.order import Ids, SampleStream, noise, order
+from lit_transformer.data.batching.order import Ids, SampleStream, noise, order
 from lit_transformer.errors import UsageError
 
 _BATCHES = 50  # in a mega-batch; as in Hugging Face's LengthGroupedSampler
@@ -22,7 +22,7 @@ class GroupedStream(SampleStream):
         seed: Seed of the order.
         by_tokens: A size is one in tokens, padding counted, not in samples.
 
-    State: as :class:`~lit_transformer.data.order.SampleStream`, for batches of one size.
+    State: as :class:`~lit_transformer.data.batching.order.SampleStream`, for batches of one size.
 
     Cost: the lengths in memory, and some microseconds a sample, spent once a mega-batch.
 

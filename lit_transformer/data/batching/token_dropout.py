@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from lit_transformer.data.loader import Batch
-from lit_transformer.data.order import Ids, noise
+from lit_transformer.data.batching.loader import Batch
+from lit_transformer.data.batching.order import Ids, noise
 from lit_transformer.errors import UsageError
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lit_transformer.data.augment import Augmenter
-from lit_transformer.data.loader import Batch, Samples
-from lit_transformer.data.order import Ids
-from lit_transformer.data.ragged import Ragged
-from lit_transformer.data.token_dropout import drop_tokens
+from lit_transformer.data.augmentation.augmenter import Augmenter
+from lit_transformer.data.batching.loader import Batch, Samples
+from lit_transformer.data.batching.order import Ids
+from lit_transformer.data.batching.ragged import Ragged
+from lit_transformer.data.batching.token_dropout import drop_tokens
 from lit_transformer.objectives import IGNORED
 
 

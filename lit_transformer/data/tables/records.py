@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_transformer.data.functions import Sample
-from lit_transformer.data.order import Ids
+from lit_transformer.data.batching.order import Ids
+from lit_transformer.data.text.functions import Sample
 from lit_transformer.errors import UsageError
 
 _NAMED = 3

@@ -11,17 +11,17 @@ import numpy as np
 from lightning_utilities.core.rank_zero import rank_zero_info
 from numpy.typing import NDArray
 
-from lit_transformer.data import hub
-from lit_transformer.data.augment import Augmentation, Augmenter, checked
-from lit_transformer.data.augment_specs import say
+from lit_transformer.data.augmentation.augmenter import Augmentation, Augmenter, checked
+from lit_transformer.data.augmentation.specs import say
+from lit_transformer.data.batching.loader import EvaluationLoader
+from lit_transformer.data.batching.token_dropout import check_rate
 from lit_transformer.data.encoder import Encoder
-from lit_transformer.data.limits import Encoded, Rows, within_limits
-from lit_transformer.data.loader import EvaluationLoader
-from lit_transformer.data.padded import Texts
-from lit_transformer.data.records import BadRecords, Records
 from lit_transformer.data.resumable import ResumableData
-from lit_transformer.data.tables import Columns, read_files, read_split
-from lit_transformer.data.token_dropout import check_rate
+from lit_transformer.data.tables import hub
+from lit_transformer.data.tables.limits import Encoded, Rows, within_limits
+from lit_transformer.data.tables.padded import Texts
+from lit_transformer.data.tables.read import Columns, read_files, read_split
+from lit_transformer.data.tables.records import BadRecords, Records
 from lit_transformer.errors import UsageError
 
 _FILES = {"train": "files", "validation": "val_files", "test": "test_files", "predict": "predict_files"}

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lit_transformer.checkpoint_files import read_checkpoint
+from lit_transformer.data.batching.ragged import Ragged
 from lit_transformer.data.encoder import Encoder
-from lit_transformer.data.ragged import Ragged
 from lit_transformer.data.tokenizer import from_json
 from lit_transformer.errors import UsageError
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lit_transformer.data.loader import Batch, Blocks
-from lit_transformer.data.order import Ids
+from lit_transformer.data.batching.loader import Batch, Blocks
+from lit_transformer.data.batching.order import Ids
 from lit_transformer.objectives import IGNORED
 
 

@@ -6,8 +6,8 @@ import sysconfig
 from math import inf
 from pathlib import Path
 
-from lit_transformer.data.excerpt import Excerpt
-from lit_transformer.data.progress import Progress
+from lit_transformer.data.text.excerpt import Excerpt
+from lit_transformer.data.text.progress import Progress
 from lit_transformer.errors import UsageError
 
 Documents = dict[str, bytes]

@@ -4,7 +4,7 @@ import hashlib
 from itertools import accumulate, pairwise
 from typing import TypeVar
 
-from lit_transformer.data.excerpt import Excerpt
+from lit_transformer.data.text.excerpt import Excerpt
 
 Text = TypeVar("Text", bytes, Excerpt)
 
@@ -19,7 +19,7 @@ def split_documents(documents: dict[str, Text], fractions: dict[str, float]) -> 
     Fewer files are split by position: the last bytes of their concatenation are held out.
 
     Args:
-        documents: Everything; of an :class:`~lit_transformer.data.excerpt.Excerpt` only a few bytes are read.
+        documents: Everything; of an :class:`~lit_transformer.data.text.excerpt.Excerpt` only a few bytes are read.
         fractions: Fraction of the bytes of each split to take out.
 
     Returns:

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lit_transformer.data.augment_specs import name_of
-from lit_transformer.data.remembered import Remembered
-from lit_transformer.data.sentence_shuffle import check_probability
-from lit_transformer.data.translators import Translator, load_translator
+from lit_transformer.data.augmentation.remembered import Remembered
+from lit_transformer.data.augmentation.sentence_shuffle import check_probability
+from lit_transformer.data.augmentation.specs import name_of
+from lit_transformer.data.augmentation.translators import Translator, load_translator
 from lit_transformer.errors import UsageError
 
 _SECONDS_BETWEEN_LINES = 10.0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_transformer.data.order import Ids
+from lit_transformer.data.batching.order import Ids
 
 
 class Words:

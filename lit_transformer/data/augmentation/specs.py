@@ -18,9 +18,9 @@ def to_spec(augmentation: Any) -> Spec | str:
         augmentation: What is called.
 
     Example:
-        >>> from lit_transformer.data.sentence_shuffle import SentenceShuffle
-        >>> to_spec(SentenceShuffle(0.3))
-        {'class_path': 'lit_transformer.data.sentence_shuffle.SentenceShuffle', 'init_args': {'probability': 0.3}}
+        >>> from lit_transformer.data.augmentation.sentence_shuffle import SentenceShuffle
+        >>> to_spec(SentenceShuffle(0.3))["init_args"]
+        {'probability': 0.3}
         >>> to_spec(str.upper)
         'str.upper'
     """

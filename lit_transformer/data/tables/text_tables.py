@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lit_transformer.data.records import BadRecords
+from lit_transformer.data.tables.records import BadRecords
 from lit_transformer.errors import UsageError
 
 Row = tuple[int, Mapping[str, Any]]

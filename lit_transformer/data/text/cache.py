@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_transformer.data import corpus
-from lit_transformer.data.array_file import ArrayFile
-from lit_transformer.data.excerpt import Excerpt
-from lit_transformer.data.progress import Progress
-from lit_transformer.data.splits import split_documents
+from lit_transformer.data.text import corpus
+from lit_transformer.data.text.array_file import ArrayFile
+from lit_transformer.data.text.excerpt import Excerpt
+from lit_transformer.data.text.progress import Progress
+from lit_transformer.data.text.splits import split_documents
+from lit_transformer.data.text.unfinished import unfinished_folder
 from lit_transformer.data.tokenizer import TRAINED, ByteTokenizer, Tokenizer, from_file, from_json
-from lit_transformer.data.unfinished import unfinished_folder
 from lit_transformer.errors import UsageError
 
 Excerpts = dict[str, Excerpt]

@@ -6,11 +6,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from lit_transformer.data.augment_specs import from_spec, name_of, to_spec
+from lit_transformer.data.augmentation.specs import from_spec, name_of, to_spec
+from lit_transformer.data.batching.loader import Batch
+from lit_transformer.data.batching.order import Ids
+from lit_transformer.data.batching.ragged import Ragged
 from lit_transformer.data.encoder import Encoder
-from lit_transformer.data.loader import Batch
-from lit_transformer.data.order import Ids
-from lit_transformer.data.ragged import Ragged
 from lit_transformer.errors import UsageError
 from lit_transformer.optim.spec import Spec
 

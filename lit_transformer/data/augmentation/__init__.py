@@ -1,0 +1,1 @@
+"""Texts that are others each time they are trained on."""

@@ -1,0 +1,1 @@
+"""Which samples come when, side by side in which batch."""

@@ -1,0 +1,1 @@
+"""Rows of tables, and what of them can be used."""

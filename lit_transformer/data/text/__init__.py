@@ -1,0 +1,1 @@
+"""Text: found, checked, split, and tokenised once."""

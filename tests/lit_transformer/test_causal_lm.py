@@ -24,7 +24,7 @@ def test_label_smoothing_is_torchs_and_leaves_0_91_to_the_target_of_ten_classes(
         TransformerConfig(vocab_size=10, max_length=4, d_model=8, n_layers=1, n_heads=1), label_smoothing=0.1
     )
     logits = torch.randn(1, 1, 10, requires_grad=True)
-    module.forward = lambda ids: logits
+    module.forward = lambda ids, documents: logits
     module.training_loss({"input_ids": torch.zeros(1, 1).long(), "targets": torch.tensor([[3]])}).backward()
     q = logits.softmax(-1) - logits.grad
     assert q[0, 0, 3].item() == pytest.approx(0.91, abs=1e-6)

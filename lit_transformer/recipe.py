@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -117,6 +118,11 @@ class LitRecipe(LightningModule):
         except ValueError as error:
             raise UsageError(f"{factory_target(self.optimizer_factory).__name__}: {error}") from None
         self._averaged = AveragedWeights(optimizer) if is_schedule_free(optimizer) else None
+        if self._averaged is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise UsageError(
+                f"{type(optimizer).__name__} keeps two sets of weights, which are not saved in parts yet: use another "
+                "optimizer, or strategy ddp"
+            )
         for group in optimizer.param_groups:
             group["lr"] *= group["lr_scale"] * self._lr_scale
         if isinstance(optimizer, torch.optim.Adam):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.strategies import ModelParallelStrategy
+from pytorch_optimizer import ScheduleFreeAdamW
 from torch.distributed.tensor import DTensor
 
 from helpers import MemoryLogger, make_trainer
@@ -19,22 +19,28 @@ from lit_callbacks import (
     ExactResume,
     GradientNormLogger,
     LossSpikeRecovery,
+    NonFiniteAutopsy,
     ParameterStatsLogger,
+    SetupError,
     ThroughputLogger,
     VerifiedCheckpoint,
 )
-from lit_transformer import LanguageModelingData, LitCausalLM, TransformerConfig
+from lit_transformer import (
+    LanguageModelingData,
+    LitCausalLM,
+    LitPretrained,
+    LitSeq2Seq,
+    SequencePairData,
+    TransformerConfig,
+    WarmupConstant,
+)
+from lit_transformer.errors import UsageError
 
 STEPS = 30
 CONFIG = TransformerConfig(
     vocab_size=256, max_length=16, d_model=16, n_layers=2, n_heads=2, bias=False,  # of a key: noise
     attention_dropout=0, ffn_dropout=0, residual_dropout=0, embedding_dropout=0,
 )  # fmt: skip
-STRATEGIES = {
-    "single": lambda: "auto",
-    "ddp": lambda: "ddp",
-    "fsdp2": lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
-}
 
 
 class Losses(Callback):
@@ -89,8 +95,8 @@ def fit(
     losses, logger = Losses(), MemoryLogger()
     checkpoint = VerifiedCheckpoint(folder, "{step}", every_n_train_steps=10, save_top_k=-1)
     trainer = make_trainer(
-        strategy=STRATEGIES[strategy](), devices=devices, max_steps=steps, max_epochs=-1, logger=logger,
-        accumulate_grad_batches=accumulate, gradient_clip_val=clip, precision=precision, limit_val_batches=0,
+        strategy="auto" if strategy == "single" else strategy, devices=devices, max_steps=steps, max_epochs=-1,
+        accumulate_grad_batches=accumulate, gradient_clip_val=clip, precision=precision, limit_val_batches=0, logger=logger,
         enable_checkpointing=True, default_root_dir=folder,
         callbacks=[
             losses, GradientNormLogger(5), ParameterStatsLogger(5), AttentionEntropyMonitor(5), DeadNeuronDetector(5),
@@ -122,10 +128,37 @@ CASES = {
 }
 
 
+def refused(folder, text):
+    """What is said of what FSDP2 does not have yet."""
+    data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=4)
+    gpt2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 16, "n_layer": 1, "n_head": 2}
+    gpt2 |= {"vocab_size": 256, "bos_token_id": 0, "eos_token_id": 0}
+    tasks = {
+        "texts": (LitSeq2Seq(CONFIG, schedule=None), SequencePairData(max_length=16, max_target_length=16)),
+        "schedule_free": (LitCausalLM(CONFIG, partial(ScheduleFreeAdamW, lr=1e-3), WarmupConstant(warmup=2)), data),
+        "hugging_face": (LitPretrained(architecture=gpt2, schedule=None), data),
+        "autopsy": (LitCausalLM(CONFIG, schedule=None), data),
+        "histograms": (LitCausalLM(CONFIG, schedule=None), data),
+    }
+    callbacks = {"autopsy": [NonFiniteAutopsy()], "histograms": [ParameterStatsLogger(histograms=True)]}
+    found = {}
+    for name, (task, module) in tasks.items():
+        trainer = make_trainer(
+            strategy="fsdp2", devices=2, max_steps=1, default_root_dir=folder, callbacks=callbacks.get(name, [])
+        )
+        try:
+            trainer.fit(task, module)
+        except (UsageError, SetupError) as error:
+            found[name] = str(error)
+    return found
+
+
 def main(out, strategy, text):
     """Write what each case gives on this rank, and a resumed run."""
     found = {name: fit(out / name, text, strategy, **case) for name, case in CASES.items()}
     found["resumed"] = fit(out / "resumed", text, strategy, resume=str(out / "plain" / "step=10.ckpt"))
+    if strategy == "fsdp2":
+        found["refused"] = refused(out / "refused", text)
     (out / f"{strategy}_{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 

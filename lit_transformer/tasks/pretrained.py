@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from lit_transformer.distillation import Distillation
@@ -160,6 +161,12 @@ class LitPretrained(LitTask):
             raise UsageError(f"expected a batch with targets or labels, got {', '.join(batch)}")
         labels = batch["labels"]
         return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED) if self.kind == "causal_lm" else labels
+
+    def configure_model(self) -> None:
+        """Refuse strategies that leave sharding to the module."""
+        if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            name = type(self.trainer.strategy).__name__
+            raise UsageError(f"{name} is for models of ours as yet, and not for Hugging Face's: use strategy ddp")
 
     def setup(self, stage: str) -> None:
         """Check that the data fits the model."""

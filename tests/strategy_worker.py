@@ -96,8 +96,8 @@ def fit(
     checkpoint = VerifiedCheckpoint(folder, "{step}", every_n_train_steps=10, save_top_k=-1)
     trainer = make_trainer(
         strategy="auto" if strategy == "single" else strategy, devices=devices, max_steps=steps, max_epochs=-1,
-        accumulate_grad_batches=accumulate, gradient_clip_val=clip, precision=precision, limit_val_batches=0, logger=logger,
-        enable_checkpointing=True, default_root_dir=folder,
+        accumulate_grad_batches=accumulate, gradient_clip_val=clip, precision=precision, limit_val_batches=0,
+        logger=logger, enable_checkpointing=True, default_root_dir=folder,
         callbacks=[
             losses, GradientNormLogger(5), ParameterStatsLogger(5), AttentionEntropyMonitor(5), DeadNeuronDetector(5),
             ActivationStatsMonitor(5), ThroughputLogger(5), ExactResume(), checkpoint,

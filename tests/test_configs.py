@@ -13,6 +13,8 @@ from lit_transformer.nn import Transformer, TransformerConfig
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
 SIZES = sorted((FOLDER / "size").glob("*.yaml"))
+STRATEGIES = sorted((FOLDER / "strategy").glob("*.yaml"))
+TASKS = ["default", "gpt", "masked_lm", "seq2seq", "classification"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -50,7 +52,7 @@ def test_post_ln_is_the_default_run_but_for_what_its_name_says():
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda path: path.stem)
-@pytest.mark.parametrize("task", ["default", "gpt", "masked_lm", "seq2seq", "classification"])
+@pytest.mark.parametrize("task", TASKS)
 def test_a_size_goes_on_top_of_any_task(task, size, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--config", task, "--config", f"size/{size.stem}", "--print_config"])
@@ -63,6 +65,18 @@ def test_a_size_goes_on_top_of_any_task(task, size, capsys):
         assert {name: found[name] for name in expected} == expected
     assert merged["model"]["class_path"].startswith("lit_transformer.")
     assert merged["trainer"]["max_steps"] == wanted["trainer"]["max_steps"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("task", TASKS)
+def test_a_strategy_goes_on_top_of_any_task_and_size(task, strategy, capsys):
+    fragments = ["--config", "size/large", "--config", f"strategy/{strategy.stem}"]
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", task, *fragments, "--print_config"])
+    assert stop.value.code == 0
+    merged = yaml.safe_load(capsys.readouterr().out)
+    assert merged["trainer"]["strategy"] == yaml.safe_load(strategy.read_text())["trainer"]["strategy"]
+    assert merged["model"]["init_args"]["config"]["n_layers"] == 24
 
 
 def test_sizes_have_the_parameters_they_say():

@@ -35,6 +35,7 @@ from lit_transformer.data.batching.grouped import GroupedStream, padding
 from lit_transformer.data.batching.loader import Blocks, TrainingLoader
 from lit_transformer.data.batching.order import SampleStream
 from lit_transformer.data.batching.packed import PackedBlocks
+from lit_transformer.data.batching.ragged import Ragged
 from lit_transformer.data.resumable import ResumableData
 from lit_transformer.data.tables.padded import LabelledTexts
 
@@ -128,7 +129,7 @@ def texts(folder: str) -> None:
     ways = {"random": (None, 32), "group_by_length": (False, 32), "max_tokens": (True, 32 * 256)}
     print(f"\n{'':>35}" + "".join(f"{name:>28}" for name in [*ways, "packing"]))
     for name, found in distributions.items():
-        samples = LabelledTexts(name, [[1] * length for length in found], [0] * len(found), pad_id=0)
+        samples = LabelledTexts(name, Ragged([[1] * length for length in found]), [0] * len(found), pad_id=0)
         cells = []
         for by_tokens, size in ways.values():
             stream = SampleStream(0) if by_tokens is None else GroupedStream(0, by_tokens)
@@ -146,12 +147,12 @@ PATHS: dict[str, Callable[[str], ResumableData]] = {
     "blocks, packing": lambda cache: LanguageModelingData(batch_size=8, packing=True, cache_dir=cache),
     "masked": lambda cache: MaskedLanguageModelingData(batch_size=8, cache_dir=cache),
     "masked, packing": lambda cache: MaskedLanguageModelingData(batch_size=8, packing=True, cache_dir=cache),
-    "classes": lambda _: ClassificationData(max_length=256),
-    "classes, group_by_length": lambda _: ClassificationData(max_length=256, group_by_length=True),
-    "classes, max_tokens": lambda _: ClassificationData(max_length=256, max_tokens=8192),
-    "classes, token_dropout": lambda _: ClassificationData(max_length=256, token_dropout=0.1),
-    "pairs": lambda _: SequencePairData(),
-    "pairs, group_by_length": lambda _: SequencePairData(group_by_length=True),
+    "classes": lambda cache: ClassificationData(cache_dir=cache),
+    "classes, group_by_length": lambda cache: ClassificationData(group_by_length=True, cache_dir=cache),
+    "classes, max_tokens": lambda cache: ClassificationData(max_tokens=8192, cache_dir=cache),
+    "classes, token_dropout": lambda cache: ClassificationData(token_dropout=0.1, cache_dir=cache),
+    "pairs": lambda cache: SequencePairData(cache_dir=cache),
+    "pairs, group_by_length": lambda cache: SequencePairData(group_by_length=True, cache_dir=cache),
 }
 
 

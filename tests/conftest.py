@@ -18,6 +18,14 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:You defined a `validation_step` but have no `val_dataloader`")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _cache_of_its_own(tmp_path_factory):
+    """What the tests prepare goes with them; the standard library is prepared once for all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

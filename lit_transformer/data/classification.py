@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from lit_transformer.data.augmentation.augmenter import Augmentation
 from lit_transformer.data.baselines import Baseline, bag_of_words
-from lit_transformer.data.tables.limits import Encoded, Rows
+from lit_transformer.data.batching.ragged import Ragged
+from lit_transformer.data.tables.limits import Encoded
 from lit_transformer.data.tables.padded import LabelledTexts
 from lit_transformer.data.tables.records import Records, stratified
 from lit_transformer.data.tables.table_data import TableData
@@ -70,6 +71,7 @@ class ClassificationData(TableData):
             :class:`~lit_transformer.data.Augmentation`. Batches are grouped by the lengths before it, so that one of
             ``max_tokens`` may have more.
         seed: Seed of the sample order, of what is held out, of what is taken out, and of what augmentations draw.
+        cache_dir: Folder for token ids; by default ``lit-transformer`` in the user's cache folder.
 
     Shapes:
         See :class:`LabelledTexts`.
@@ -122,6 +124,7 @@ class ClassificationData(TableData):
         token_dropout: float = 0.0,
         augmentations: list[Augmentation] | None = None,
         seed: int = 0,
+        cache_dir: str | None = None,
     ) -> None:
         super().__init__(batch_size, seed, group_by_length, max_tokens)
         # As in LanguageModelingData: Lightning's own look at the frame leaves a cycle.
@@ -181,9 +184,9 @@ class ClassificationData(TableData):
         return records.sources
 
     def _encode(self, records: Records) -> dict[str, Encoded]:
-        return {"texts": ("max_length", *self.encoder(records.sources))}
+        return {"texts": self._tokens(self.encoder, records.sources, "max_length")}
 
-    def _samples(self, name: str, records: Records, tokens: list[Rows], options: dict[str, Any]) -> LabelledTexts:
+    def _samples(self, name: str, records: Records, tokens: list[Ragged], options: dict[str, Any]) -> LabelledTexts:
         return LabelledTexts(name, tokens[0], self._numbers(records), self.encoder.pad_id, **options)
 
     def _numbers(self, records: Records) -> list[int]:

@@ -3,6 +3,7 @@
 import inspect
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -11,7 +12,8 @@ from torchmetrics.text import CHRFScore, SacreBLEUScore
 
 from lit_transformer.data.augmentation.augmenter import Augmentation
 from lit_transformer.data.baselines import Baseline, unigram_loss
-from lit_transformer.data.tables.limits import Encoded, Rows
+from lit_transformer.data.batching.ragged import Ragged
+from lit_transformer.data.tables.limits import Encoded
 from lit_transformer.data.tables.padded import TextPairs
 from lit_transformer.data.tables.records import Records, stratified
 from lit_transformer.data.tables.table_data import TableData
@@ -67,6 +69,7 @@ class SequencePairData(TableData):
             :class:`~lit_transformer.data.Augmentation`. Batches are grouped by the lengths before it, so that one of
             ``max_tokens`` may have more.
         seed: Seed of the sample order, of what is held out, of what is taken out, and of what augmentations draw.
+        cache_dir: Folder for token ids; by default ``lit-transformer`` in the user's cache folder.
 
     Shapes:
         See :class:`TextPairs`.
@@ -117,6 +120,7 @@ class SequencePairData(TableData):
         token_dropout: float = 0.0,
         augmentations: list[Augmentation] | None = None,
         seed: int = 0,
+        cache_dir: str | None = None,
     ) -> None:
         super().__init__(batch_size, seed, group_by_length, max_tokens)
         # As in LanguageModelingData: Lightning's own look at the frame leaves a cycle.
@@ -158,11 +162,12 @@ class SequencePairData(TableData):
         return (text for pair in records for text in pair)
 
     def _encode(self, records: Records) -> dict[str, Encoded]:
-        found = {"sources": ("max_length", *self.encoder(records.sources))}
+        found = {"sources": self._tokens(self.encoder, records.sources, "max_length")}
         if records.targets:
-            found["targets"] = ("max_target_length", *self.encoder.ended(records.targets, self.max_target_length))
+            ended = partial(self.encoder.ended, max_length=self.max_target_length)
+            found["targets"] = self._tokens(ended, records.targets, "max_target_length")
         return found
 
-    def _samples(self, name: str, records: Records, tokens: list[Rows], options: dict[str, Any]) -> TextPairs:
+    def _samples(self, name: str, records: Records, tokens: list[Ragged], options: dict[str, Any]) -> TextPairs:
         sources, targets = tokens
         return TextPairs(name, sources, targets, self.encoder.pad_id, **options)

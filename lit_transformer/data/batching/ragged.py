@@ -22,9 +22,20 @@ class Ragged:
         ([[5, 6, 7], [8, 0, 0]], [[1, 1, 1], [1, 0, 0]])
     """
 
-    def __init__(self, rows: Sequence[Sequence[int]]) -> None:
+    def __init__(self, rows: Sequence[Sequence[int] | NDArray[Any]]) -> None:
         self._ends = np.cumsum([0, *map(len, rows)])
         self._tokens: NDArray[Any] = np.concatenate([np.array(ids, dtype=np.uint32) for ids in rows])
+
+    @classmethod
+    def of(cls, tokens: NDArray[Any], ends: NDArray[np.int64]) -> "Ragged":
+        """Rows in an array that is there: row ``i`` is ``tokens[ends[i] : ends[i + 1]]``."""
+        rows = cls.__new__(cls)
+        rows._tokens, rows._ends = tokens, ends
+        return rows
+
+    def take(self, places: Ids) -> "Ragged":
+        """Some of the rows; the same array, if that is all of them."""
+        return self if len(places) == len(self) else Ragged([self[i] for i in places])
 
     def __len__(self) -> int:
         return len(self._ends) - 1

@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 
 from lit_transformer.data.batching.order import Ids
+from lit_transformer.data.batching.ragged import Ragged
 from lit_transformer.data.tables.records import BadRecords, Records
 
-Rows = list[list[int]]
-Encoded = tuple[str, Rows, Ids]
+Encoded = tuple[str, Ragged, Ids]
 """The setting that limits some sequences, their ids, which are no longer than that, and how long they were before."""
 
 
 def within_limits(
     records: Records, sequences: dict[str, Encoded], settings: Mapping[str, Any], bad: BadRecords, cut: Counter[str]
-) -> tuple[Records, list[Rows]]:
+) -> tuple[Records, list[Ragged]]:
     """The rows that may be used, and their sequences.
 
     Args:
@@ -31,13 +31,13 @@ def within_limits(
 
     Example:
         >>> records, cut = Records.of([("abc", ""), ("d", "")], ("line", "x.csv")), Counter()
-        >>> texts = {"texts": ("max_length", [[1, 2], [4]], np.array([3, 1]))}
+        >>> texts = {"texts": ("max_length", Ragged([[1, 2], [4]]), np.array([3, 1]))}
         >>> kept, rows = within_limits(records, texts, {"max_length": 2, "too_long": "truncate"}, BadRecords(), cut)
-        >>> len(kept), rows, dict(cut)
-        (2, [[[1, 2], [4]]], {'texts at 2 tokens': 1})
+        >>> len(kept), len(rows[0]), dict(cut)
+        (2, 2, {'texts at 2 tokens': 1})
         >>> kept, rows = within_limits(records, texts, {"max_length": 2, "too_long": "refuse"}, BadRecords(1), cut)
-        >>> len(kept), rows
-        (1, [[[4]]])
+        >>> len(kept), rows[0][0].tolist()
+        (1, [4])
     """
     kept = np.ones(len(records), dtype=bool)
     for what, (setting, _, lengths) in sequences.items():
@@ -53,4 +53,4 @@ def within_limits(
             )
         kept[too_long] = False
     ids = np.flatnonzero(kept)
-    return records.take(ids), [[rows[i] for i in ids] for _, rows, _ in sequences.values()]
+    return records.take(ids), [rows.take(ids) for _, rows, _ in sequences.values()]

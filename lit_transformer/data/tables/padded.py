@@ -20,7 +20,7 @@ class Texts(Samples):
 
     Args:
         name: Of the split.
-        tokens: The ids of each text.
+        tokens: The ids of the texts.
         pad_id: What fills up a batch.
         token_dropout: Share of the tokens to take out.
         seed: Of what is taken out.
@@ -34,7 +34,7 @@ class Texts(Samples):
     def __init__(
         self,
         name: str,
-        tokens: Sequence[Sequence[int]],
+        tokens: Ragged,
         pad_id: int,
         token_dropout: float = 0.0,
         seed: int = 0,
@@ -44,7 +44,7 @@ class Texts(Samples):
         self.token_dropout, self.seed = token_dropout, seed
         self.augmenter: Augmenter | None = None  # of the training samples, if there are augmentations
         self.pad_id, self.weights = pad_id, weights
-        self.texts = Ragged(tokens)
+        self.texts = tokens
 
     def augment(self, batch: Batch, draws: Ids) -> Batch:
         """Change the texts, and take some tokens out."""
@@ -88,7 +88,7 @@ class LabelledTexts(Texts):
     def __init__(
         self,
         name: str,
-        tokens: Sequence[Sequence[int]],
+        tokens: Ragged,
         targets: Sequence[int],
         pad_id: int,
         token_dropout: float = 0.0,
@@ -110,8 +110,8 @@ class TextPairs(Texts):
     """Likewise, with a second text each.
 
     Args:
-        sources: The ids of each first text.
-        targets: The ids of each second one.
+        sources: The ids of the first texts.
+        targets: The ids of the second ones.
 
     Shapes:
         A batch has ``targets`` of ``(batch, longest target)``, int64, -100 where there is none, as well.
@@ -120,15 +120,15 @@ class TextPairs(Texts):
     def __init__(
         self,
         name: str,
-        sources: Sequence[Sequence[int]],
-        targets: Sequence[Sequence[int]],
+        sources: Ragged,
+        targets: Ragged,
         pad_id: int,
         token_dropout: float = 0.0,
         seed: int = 0,
         weights: NDArray[np.float32] | None = None,
     ) -> None:
         super().__init__(name, sources, pad_id, token_dropout, seed, weights)
-        self.targets = Ragged(targets)
+        self.targets = targets
 
     def __getitems__(self, ids: Ids) -> Batch:
         targets, _ = self.targets.pad(ids, IGNORED)

@@ -1,6 +1,7 @@
 """What the data modules over tables share: splits, tokens, weights, and vocabularies that travel in checkpoints."""
 
 import hashlib
+import json
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,14 +15,16 @@ from numpy.typing import NDArray
 from lit_transformer.data.augmentation.augmenter import Augmentation, Augmenter, checked
 from lit_transformer.data.augmentation.specs import say
 from lit_transformer.data.batching.loader import EvaluationLoader
+from lit_transformer.data.batching.ragged import Ragged
 from lit_transformer.data.batching.token_dropout import check_rate
 from lit_transformer.data.encoder import Encoder
 from lit_transformer.data.resumable import ResumableData
 from lit_transformer.data.tables import hub
-from lit_transformer.data.tables.limits import Encoded, Rows, within_limits
+from lit_transformer.data.tables.limits import Encoded, within_limits
 from lit_transformer.data.tables.padded import Texts
 from lit_transformer.data.tables.read import Columns, read_files, read_split
 from lit_transformer.data.tables.records import BadRecords, Records
+from lit_transformer.data.tables.token_cache import Encode, encoded_once
 from lit_transformer.errors import UsageError
 
 _FILES = {"train": "files", "validation": "val_files", "test": "test_files", "predict": "predict_files"}
@@ -61,7 +64,7 @@ class TableData(ResumableData):
         """The sequences of the rows, by what a person calls them."""
 
     @abstractmethod
-    def _samples(self, name: str, records: Records, tokens: list[Rows], options: dict[str, Any]) -> Texts:
+    def _samples(self, name: str, records: Records, tokens: list[Ragged], options: dict[str, Any]) -> Texts:
         """What batches are made of, given the options of :class:`Texts`."""
 
     def _begin(self, augmentations: Sequence[Augmentation] | None, **least: int) -> None:
@@ -124,6 +127,11 @@ class TableData(ResumableData):
     def encoder(self) -> Encoder:
         """Texts to token ids."""
         return Encoder(self.hparams["tokenizer"], self.max_length, self.hparams["bpe_vocab_size"])
+
+    def _tokens(self, encode: Encode, texts: Sequence[str], limit: str) -> Encoded:
+        """Encode texts, by a setting that limits them, unless that has been done before."""
+        how = json.dumps([self.encoder.state, limit, self.hparams[limit]])
+        return limit, *encoded_once(encode, texts, how, self.hparams["cache_dir"])
 
     @property
     def vocab_size(self) -> int:

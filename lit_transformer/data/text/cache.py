@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import inf
@@ -15,10 +13,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_transformer.data.text import corpus
 from lit_transformer.data.text.array_file import ArrayFile
+from lit_transformer.data.text.cached_folder import cached_folder
 from lit_transformer.data.text.excerpt import Excerpt
 from lit_transformer.data.text.progress import Progress
 from lit_transformer.data.text.splits import split_documents
-from lit_transformer.data.text.unfinished import unfinished_folder
 from lit_transformer.data.tokenizer import TRAINED, ByteTokenizer, Tokenizer, from_file, from_json
 from lit_transformer.errors import UsageError
 
@@ -136,17 +134,13 @@ def prepare(recipe: Recipe, cache_dir: str | None = None) -> Prepared:
     """
     paths = recipe.paths()
     key = recipe.key(paths)
-    folder = _root(cache_dir) / key
-    if not os.path.exists(folder):  # noqa: PTH110  # Path.exists raises where a folder may not be entered
-        root = _writable(folder.parent)
-        folder = root / key
-        if not folder.exists():
-            with unfinished_folder(root, key) as unfinished:
-                _write(recipe, paths, unfinished)
-                if recipe.key(paths) != key:
-                    raise UsageError(
-                        "expected files that stay as they are, got one that changed meanwhile: start again"
-                    )
+
+    def write(folder: Path) -> None:
+        _write(recipe, paths, folder)
+        if recipe.key(paths) != key:
+            raise UsageError("expected files that stay as they are, got one that changed meanwhile: start again")
+
+    folder = cached_folder(cache_dir, key, write)
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
     splits = {name: Split(**split) for name, split in about["splits"].items()}
     return Prepared(folder, about["corpus_hash"], from_json(about["tokenizer"]), splits, about["bad_records"])
@@ -155,25 +149,6 @@ def prepare(recipe: Recipe, cache_dir: str | None = None) -> Prepared:
 def _stamp(path: Path) -> list[Any]:
     stat = path.stat()
     return [str(path), stat.st_size, stat.st_mtime_ns]
-
-
-def _root(cache_dir: str | None) -> Path:
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit-transformer"
-
-
-def _writable(root: Path) -> Path:
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):
-            return root
-    except OSError as error:
-        user = getattr(os, "getuid", int)()
-        fallback = Path(tempfile.gettempdir(), f"lit-transformer-{user}")
-        rank_zero_warn(f"The cache folder cannot be written ({error}); using {fallback}. Set cache_dir to choose one.")
-        fallback.mkdir(exist_ok=True)
-        return fallback
 
 
 def _write(recipe: Recipe, paths: dict[str, list[Path]], folder: Path) -> None:

@@ -45,6 +45,8 @@ class ClassificationData(TableData):
             there is not is held out.
         text_column: Name of the column with the text.
         label_column: Name of the column with the class.
+        labels: The classes, in the order of their numbers; by default those of the training samples in alphabetical
+            order.
         weight_column: Name of a column with how much a sample counts in training; in evaluation all count alike.
         class_weights: How much the samples of a class count, by its name, 1 where it is not named; or ``"balanced"``:
             their number over that of the classes and that of the samples of the class.
@@ -105,6 +107,7 @@ class ClassificationData(TableData):
         dataset_splits: dict[str, str] | None = None,
         text_column: str = "text",
         label_column: str = "label",
+        labels: list[str] | None = None,
         weight_column: str | None = None,
         class_weights: Literal["balanced"] | dict[str, float] | None = None,
         val_fraction: float = 0.1,
@@ -130,11 +133,15 @@ class ClassificationData(TableData):
         # As in LanguageModelingData: Lightning's own look at the frame leaves a cycle.
         self.save_hyperparameters(logger=False, ignore="augmentations", frame=inspect.currentframe())
         self._begin(augmentations)
+        if labels is not None and (len(labels) < 2 or len(set(labels)) < len(labels)):
+            raise UsageError(f"labels must be two classes or more, each named once, got {', '.join(map(str, labels))}")
         _check_weights(class_weights)
 
     @cached_property
     def labels(self) -> list[str]:
-        """The classes of the training samples in alphabetical order, or those of a checkpoint."""
+        """The classes that are set, or those of a checkpoint, or of the training samples in alphabetical order."""
+        if (given := self.hparams["labels"]) is not None:
+            return list(map(str, given))  # YAML reads 0 as a number
         found = sorted(set(self._records("train").targets))
         if len(found) < 2:
             raise UsageError(f"expected at least two classes, got {', '.join(found)}")
@@ -165,10 +172,8 @@ class ClassificationData(TableData):
         super().load_vocabulary(state)
         if (saved := state.get("labels")) is None:
             return
-        if self._splits and saved != self.labels:
-            raise UsageError(
-                f"the checkpoint is for the classes {saved}, and the samples have been read for {self.labels}"
-            )
+        if (self._splits or self.hparams["labels"] is not None) and saved != self.labels:
+            raise UsageError(f"the checkpoint is for the classes {saved}, and the samples are for {self.labels}")
         self.labels = saved
 
     def _embedded(self) -> dict[str, Records]:
@@ -194,7 +199,8 @@ class ClassificationData(TableData):
         number = {label: i for i, label in enumerate(self.labels)}
         for i, label in enumerate(records.targets):
             if label not in number:
-                raise UsageError(f"{records.place(i)} has the class {label!r}, which training has not")
+                set_ = "labels have" if self.hparams["labels"] is not None else "training has"
+                raise UsageError(f"{records.place(i)} has the class {label!r}, which {set_} not")
         return [number[label] for label in records.targets]
 
     def _weights(self, records: Records) -> NDArray[np.float32] | None:

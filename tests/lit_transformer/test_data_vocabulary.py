@@ -187,3 +187,23 @@ def test_settings_that_a_checkpoint_did_not_know_yet_are_the_defaults(tmp_path):
     check_same_configuration(checkpoint, task, data, tmp_path)
     with pytest.raises(UsageError, match=r"data\.too_long was truncate and is refuse"):
         check_same_configuration(checkpoint, task, ClassificationData(files="a.csv", too_long="refuse"), tmp_path)
+
+
+def test_classes_that_are_set_have_their_numbers(trained, tmp_path):
+    files = table(tmp_path / "b.csv")
+    data = ClassificationData(files=files, labels=["odd", "even", "prime"], max_length=16)
+    data.setup()
+    assert data.labels == ["odd", "even", "prime"]
+    assert data.class_counts() == {"odd": 16, "even": 32, "prime": 0}
+    batch = next(iter(data.val_dataloader()))
+    assert batch["targets"].tolist() == [
+        data.labels.index(data.samples["validation"].targets[i]) for i in batch["sample_ids"].tolist()
+    ]
+    assert data.state_dict()["labels"] == data.labels
+    with pytest.raises(UsageError, match="has the class 'odd', which labels have not"):
+        ClassificationData(files=files, labels=["even", "prime"]).setup()
+    with pytest.raises(UsageError, match="labels must be two classes or more, each named once, got even, even"):
+        ClassificationData(labels=["even", "even"])
+    state = torch.load(trained[0], weights_only=True)["ClassificationData"]
+    with pytest.raises(UsageError, match="the checkpoint is for the classes"):
+        ClassificationData(labels=["odd", "even"], tokenizer="bpe", max_length=16).load_vocabulary(state)

@@ -157,10 +157,10 @@ PATHS: dict[str, Callable[[str], ResumableData]] = {
 
 
 def real_tokens(batch: dict[str, Tensor]) -> int:
-    """Tokens that are no padding."""
+    """Tokens that are no padding, but for what little packing leaves."""
     targets = batch["targets"]
     if "attention_mask" not in batch:
-        return targets.numel() if "document_ids" not in batch else int((batch["document_ids"] >= 0).sum())
+        return targets.numel()
     return int(batch["attention_mask"].sum()) + (int((targets != -100).sum()) if targets.ndim == 2 else 0)
 
 

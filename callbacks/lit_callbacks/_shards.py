@@ -66,10 +66,10 @@ def share_norms(tensors: Sequence[Tensor]) -> Tensor:
     Returns:
         As :func:`~lit_callbacks.functional.tensor_norms`, of this rank alone: there is no communication.
     """
+    if not any(isinstance(tensor, DTensor) for tensor in tensors):
+        return tensor_norms(tensors)
     norms = tensor_norms([local(tensor) for tensor in tensors])
     parts = [_parts(tensor) for tensor in tensors]
-    if max(parts, default=1) == 1:
-        return norms
     return norms * torch.tensor(parts, dtype=norms.dtype, device=norms.device).sqrt()
 
 

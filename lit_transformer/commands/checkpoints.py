@@ -78,9 +78,23 @@ def load_checkpoint(path: str | Path, weights: bool = True) -> dict[str, Any]:
     return checkpoint
 
 
+def chosen(root: Path, name: str | None, which: str) -> Path:
+    """The checkpoint that ``last`` or ``best`` means, or that of a path.
+
+    Raises:
+        UsageError: If there is none, or it is not on a local disk.
+    """
+    if which in ("last", "best"):
+        return locate(root, name, which)
+    try:
+        return local(which)
+    except CheckpointError as error:
+        raise UsageError(str(error)) from None
+
+
 def read_checkpoint(root: Path, name: str | None, which: str) -> dict[str, Any]:
     """The contents of a file, or of what ``last`` or ``best`` means; of one in parts without weights."""
-    return load_checkpoint(locate(root, name, which) if which in ("last", "best") else which, weights=False)
+    return load_checkpoint(chosen(root, name, which), weights=False)
 
 
 def is_in_parts(path: str | Path) -> bool:

@@ -5,9 +5,8 @@ from typing import Any
 
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 
-from lit_callbacks import CheckpointError
-from lit_callbacks.checkpointing import AtomicCheckpointIO, load_verified, local
-from lit_transformer.commands.checkpoints import is_in_parts, locate
+from lit_callbacks.checkpointing import AtomicCheckpointIO
+from lit_transformer.commands.checkpoints import chosen, is_in_parts, load_checkpoint
 from lit_transformer.commands.parser import CommandParser
 from lit_transformer.errors import UsageError
 
@@ -28,14 +27,8 @@ def main(words: list[str]) -> None:
         raise UsageError("consolidate needs a file to write to: --to FILE.ckpt")
     if (to := Path(options.to)).exists():
         raise UsageError(f"{to} exists already; name a new file by --to")
-    try:
-        if options.ckpt_path in ("best", "last"):
-            path = locate(Path(options.root), options.run, options.ckpt_path)
-        else:
-            path = local(options.ckpt_path)
-        load_verified(path)
-    except CheckpointError as error:
-        raise UsageError(str(error)) from None
+    path = chosen(Path(options.root), options.run, options.ckpt_path)
+    load_checkpoint(path, weights=False)
     if not is_in_parts(path):
         raise UsageError(f"{path} is one file already")
     AtomicCheckpointIO().save_checkpoint(whole(path), to)
@@ -44,6 +37,8 @@ def main(words: list[str]) -> None:
 
 def whole(folder: Path) -> dict[str, Any]:
     """The contents of a checkpoint in parts, as one that was saved by a single process.
+
+    Torch reads the parts with pickle: of a checkpoint that is trusted only.
 
     Cost: all of it in memory.
     """

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_callbacks import CheckpointError
-from lit_callbacks.checkpointing import export_weights, load_exported, local
-from lit_transformer.commands.checkpoints import load_checkpoint, locate
+from lit_callbacks.checkpointing import export_weights, load_exported
+from lit_transformer.commands.checkpoints import chosen, load_checkpoint
 from lit_transformer.commands.parser import CommandParser
 from lit_transformer.convert import save_hugging_face
 from lit_transformer.data import LanguageModelingData, MaskedLanguageModelingData
@@ -40,10 +40,7 @@ def main(words: list[str]) -> None:
     if options.to is None:
         raise UsageError("export needs a folder to write to: --to FOLDER")
     try:
-        if options.ckpt_path in ("best", "last"):
-            path = locate(Path(options.root), options.run, options.ckpt_path)
-        else:
-            path = local(options.ckpt_path)
+        path = chosen(Path(options.root), options.run, options.ckpt_path)
         checkpoint = load_checkpoint(path)
         if "architecture" in checkpoint.get("hyper_parameters", {}):
             export_pretrained(checkpoint, Path(options.to))

@@ -151,10 +151,11 @@ def one_of_two(rank, folder):
     to = Translator("")
     file = folder / f"of_rank_{rank}.jsonl"  # which of the two has it is told to the other
     if rank == 0:
-        file.write_text(
-            json.dumps([f"{__name__}.one_of_two.<locals>.<lambda>", f"{__name__}.Translator"]) + '\n["f", "g"]\n'
-        )
-    do = lambda texts: 1 / 0 if "dddd" in texts else to(texts)  # noqa: E731
+        file.write_text(json.dumps([f"{__name__}.one_of_two.<locals>.do", f"{__name__}.Translator"]) + '\n["f", "g"]\n')
+
+    def do(texts):
+        return 1 / 0 if "dddd" in texts else to(texts)
+
     augmentation = BackTranslation(do, Translator("!"), file=str(file))
     found = {"made": augmentation.prepare(["f", "ccc", "a", "bb"]), "asked": to.asked, "error": ""}
     try:

@@ -117,12 +117,11 @@ class RobustRule(SpikeRule):
 
     def _is_usual(self, loss: float, grad_norm: float) -> bool:
         """Whether what is out of line has been so before, and normal steps came after."""
-        alike = [
-            True
+        alike = sum(
+            over and loss <= _USUAL_LOSS * other and grad_norm <= _USUAL_NORM * norm
             for _, other, norm, over in self._memory["outliers"]
-            if over and loss <= _USUAL_LOSS * other and grad_norm <= _USUAL_NORM * norm
-        ]
-        return len(alike) >= _USUAL_AFTER and not self._is_often()
+        )
+        return alike >= _USUAL_AFTER and not self._is_often()
 
     def _z_loss(self, loss: float) -> float:
         losses = self._memory["losses"]

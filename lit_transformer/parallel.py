@@ -1,6 +1,11 @@
 """How a model is spread over devices, where the strategy leaves that to the module."""
 
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
+import math
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -57,3 +62,30 @@ def spread(model: nn.Module, strategy: Strategy, mesh: DeviceMesh | None) -> Non
         if isinstance(module, Block):
             fully_shard(module, mesh=mesh["data_parallel"])
     fully_shard(model, mesh=mesh["data_parallel"])
+
+
+def settle_accumulation(trainer: Trainer, total_steps: int) -> None:
+    """Let Lightning and DeepSpeed agree on accumulated gradients. Nothing to do under other strategies.
+
+    Lightning divides the loss by ``accumulate_grad_batches``, and DeepSpeed's engine once more (lightning 2.6):
+    gradients would be that much too small, and clipped by a bound that much too high. Here the engine does not.
+
+    Args:
+        trainer: At the start of training.
+        total_steps: Optimizer steps of the run.
+
+    Raises:
+        UsageError: If an epoch ends in the middle of a window: the engine carries that over into the next one, while
+            Lightning begins to count anew, and from then on they step at different batches.
+    """
+    if not isinstance(trainer.strategy, DeepSpeedStrategy):
+        return
+    window, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
+    if math.isfinite(batches) and batches % window and total_steps > batches // window:
+        raise UsageError(
+            f"an epoch has {batches} batches and an optimizer step takes {window}: DeepSpeed needs a whole number of "
+            f"steps in an epoch. Set trainer.limit_train_batches to {batches - batches % window}, or another "
+            "accumulate_grad_batches"
+        )
+    engine: Any = trainer.strategy.deepspeed_engine
+    engine.backward = partial(engine.backward, scale_wrt_gas=False)

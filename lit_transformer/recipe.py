@@ -19,6 +19,7 @@ from lit_transformer.optim import ParamGroups, Plateau, Schedule, WarmupConstant
 from lit_transformer.optim.schedule_free import AveragedWeights, go_on, is_schedule_free
 from lit_transformer.optim.spec import factory_spec, factory_target, instance_spec, load_factory
 from lit_transformer.optim.total_steps import total_steps
+from lit_transformer.parallel import settle_accumulation
 
 
 class LitRecipe(LightningModule):
@@ -196,6 +197,7 @@ class LitRecipe(LightningModule):
         Torch restores ``lr``, ``weight_decay`` and the like from the checkpoint's optimizer state, over the
         configuration and without a word.
         """
+        settle_accumulation(self.trainer, total_steps(self.trainer))
         self._impose()
         if self._geometry is not None:
             rank_zero_info(self._geometry.describe())

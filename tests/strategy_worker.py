@@ -2,15 +2,18 @@
 
 import json
 import os
+import re
 import sys
 from functools import partial
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from pytorch_optimizer import ScheduleFreeAdamW
 from torch.distributed.tensor import DTensor
 
+from cpu_deepspeed import CPUDeepSpeed
 from helpers import MemoryLogger, make_trainer
 from lit_callbacks import (
     ActivationStatsMonitor,
@@ -44,7 +47,7 @@ CONFIG = TransformerConfig(
 
 
 class Losses(Callback):
-    """The mean loss of each step over its micro-batches and ranks."""
+    """The mean loss of each step over its micro-batches and ranks; and the weights at the end."""
 
     def __init__(self):
         self.found = {}
@@ -54,6 +57,10 @@ class Losses(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.found.setdefault(self.step, []).append(float(outputs["loss"]) / trainer.accumulate_grad_batches)
+
+    def on_train_end(self, trainer, pl_module):
+        named = pl_module.named_parameters()
+        self.weights = {name: whole(trainer, p).double().abs().sum().item() for name, p in named}
 
 
 class Task(LitCausalLM):
@@ -72,14 +79,35 @@ class Task(LitCausalLM):
     def on_train_batch_end(self, outputs, batch, batch_idx):
         if (self.trouble, self.global_step) == ("damage", 20):
             self.trouble = None  # once: the data after a rollback is new
-            for parameter in self.parameters():
-                part = parameter.data.to_local() if isinstance(parameter, DTensor) else parameter.data
-                part.mul_(4)
+            for part in parts(self.trainer, self):
+                part.data.mul_(4)
 
 
-def whole(tensor):
-    """All of a tensor, on every rank."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def parts(trainer, module):
+    """What a rank has of the weights, in all copies that training goes on from."""
+    parameters = list(module.parameters())
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        zero = trainer.model.optimizer
+        if trainer.strategy.zero_stage_3:
+            zero._partition_all_parameters()  # what is gathered is a copy, too
+            return [p.ds_tensor for p in parameters] + zero.fp32_partitioned_groups_flat
+        return [p.data for p in parameters] + zero.single_partition_of_fp32_groups
+    return [p.data.to_local() if isinstance(p, DTensor) else p.data for p in parameters]
+
+
+def whole(trainer, parameter):
+    """All of a parameter, on every rank."""
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter)
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def strategy_of(name):
+    """``zero2_offload`` is ZeRO-2 with its optimizer on the CPU; other names are Lightning's."""
+    found = re.fullmatch(r"zero(\d)(_offload)?", name)
+    return CPUDeepSpeed(int(found[1]), bool(found[2])) if found else "auto" if name == "single" else name
 
 
 def fit(
@@ -95,7 +123,7 @@ def fit(
     losses, logger = Losses(), MemoryLogger()
     checkpoint = VerifiedCheckpoint(folder, "{step}", every_n_train_steps=10, save_top_k=-1)
     trainer = make_trainer(
-        strategy="auto" if strategy == "single" else strategy, devices=devices, max_steps=steps, max_epochs=-1,
+        strategy=strategy_of(strategy), devices=devices, max_steps=steps, max_epochs=-1,
         accumulate_grad_batches=accumulate, gradient_clip_val=clip, precision=precision, limit_val_batches=0,
         logger=logger, enable_checkpointing=True, default_root_dir=folder,
         callbacks=[
@@ -113,7 +141,7 @@ def fit(
     return {
         "losses": {str(step): sum(values) for step, values in losses.found.items()},
         "logged": logged,
-        "weights": {name: whole(p).double().abs().sum().item() for name, p in task.named_parameters()},
+        "weights": losses.weights,
         "position": data.position(),
     }
 

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_callbacks import _deepspeed
 from lit_callbacks._ranks import rows_of_ranks
 from lit_callbacks._shards import share_norms
 
@@ -78,7 +79,7 @@ class StepFacts:
         """Norms of the unscaled, accumulated gradients of the optimizer's parameters before clipping."""
         key = (trainer.global_step, id(optimizer))
         if self._gradients is None or self._gradients[0] != key:
-            self._gradients = key, _gradients(optimizer, amp_scale(trainer))
+            self._gradients = key, _gradients(trainer, optimizer)
         return self._gradients[1]
 
     def grad_norm(self, trainer: Trainer, optimizer: Optimizer) -> Tensor:
@@ -105,17 +106,39 @@ def _read(ranks: list[list[float]]) -> Reading:
     return Reading(loss, norm, bad[0] if bad else None)
 
 
-def _gradients(optimizer: Optimizer, scale: Tensor | None) -> Gradients:
-    with_gradient = [p for p in parameters(optimizer) if p.grad is not None]
-    norms = share_norms([p.grad for p in with_gradient if p.grad is not None])
+def _gradients(trainer: Trainer, optimizer: Optimizer) -> Gradients:
+    scale = amp_scale(trainer)
+    with_gradient, gradients, ranks = own_gradients(trainer, optimizer)
+    norms = share_norms(gradients, ranks)
     # Fused optimizers unscale inside step(), so until then their gradients are multiplied.
     if scale is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
         norms = norms / scale
     return Gradients(with_gradient, norms, torch.linalg.vector_norm(norms))
 
 
+def own_gradients(trainer: Trainer, optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor], int]:
+    """The module's parameters that have a gradient, what this rank has of these gradients, and over how many ranks.
+
+    The number is for :func:`~lit_callbacks._shards.share_norms`; the gradients are accumulated, and not yet clipped.
+    """
+    if (engine := _deepspeed.engine_of(trainer)) is not None:
+        return [*_deepspeed.trained(engine)], _deepspeed.gradient_parts(engine), trainer.world_size
+    found = [(p, p.grad) for p in parameters(optimizer) if p.grad is not None]
+    return [p for p, _ in found], [gradient for _, gradient in found], 1
+
+
+def own_weights(trainer: Trainer, optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor], int]:
+    """The module's parameters that are trained, what this rank has of them, and over how many ranks, as above."""
+    if (engine := _deepspeed.engine_of(trainer)) is not None:
+        return [*_deepspeed.trained(engine)], _deepspeed.weight_parts(engine), trainer.world_size
+    trained = [parameter for parameter in parameters(optimizer) if parameter.requires_grad]
+    return trained, [parameter.detach() for parameter in trained], 1
+
+
 def parameters(optimizer: Optimizer) -> list[Tensor]:
-    """Every parameter of an optimizer, in the order of its groups."""
+    """Everything that an optimizer steps on, in the order of its groups; of ZeRO's, this rank's part of each group."""
+    if _deepspeed.is_zero(optimizer):
+        return _deepspeed.flat_parts(optimizer)
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from lit_callbacks._deepspeed import numel, shape
 from lit_callbacks._errors import SetupError
 from lit_callbacks._names import clean_name, metric_key
 
@@ -55,7 +56,7 @@ class ParameterGroups:
         self.names, self.members = list(groups), groups
         self._member = torch.tensor([i for members in groups.values() for i in members], dtype=torch.long)
         self._group = torch.tensor([g for g, members in enumerate(groups.values()) for _ in members], dtype=torch.long)
-        self.sizes = self.sums(torch.tensor([float(p.numel()) for _, p in named]))
+        self.sizes = self.sums(torch.tensor([float(numel(p)) for _, p in named]))
 
     def place(self, parameters: Sequence[Tensor], values: Tensor) -> Tensor:
         """One value for each parameter of the module, 0 for those not given. Parameters of others are left out."""
@@ -140,9 +141,9 @@ def kind_of(name: str, owner: nn.Module, parameter: Tensor) -> str:
     if _ATTENTION.search(inside):
         return "attention_out" if out else "attention_in"
     weight = getattr(owner, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
+    if not isinstance(weight, Tensor) or len(shape(weight)) != 2:
         return "other"
-    narrows = weight.size(0) < weight.size(1)
+    narrows = shape(weight)[0] < shape(weight)[1]
     if type(owner).__name__ == "Conv1D":  # Hugging Face's, stored the other way round
         narrows = not narrows
     return "feed_forward_out" if out or narrows else "feed_forward_in"

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_callbacks import _deepspeed
 from lit_callbacks._errors import SetupError
 from lit_callbacks._facts import forget
 
@@ -19,6 +20,9 @@ class Member(Callback):
 
     serves_shards: ClassVar[bool] = False
     """Whether it works where a rank holds a part only of each parameter, as under FSDP2."""
+
+    serves_zero: ClassVar[bool] = False
+    """Whether it works under DeepSpeed, which keeps gradients to itself, and clips and steps in its engine."""
 
     _state_key: str | None = None
 
@@ -80,13 +84,34 @@ def publish(
         pl_module.log(key, values[key], logger=False, on_step=True, on_epoch=False, batch_size=1)
 
 
+def refuse_unknown_engine(callback: Member, trainer: Trainer) -> None:
+    """Refuse a DeepSpeed that keeps things elsewhere than the callback looks for them; from the start of fit on."""
+    if "DeepSpeedStrategy" not in _strategy_names(trainer):
+        return
+    engine = _deepspeed.engine_of(trainer)
+    absent = ["a ZeRO optimizer"] if engine is None else _deepspeed.missing(engine)
+    if absent:
+        raise SetupError(
+            f"{type(callback).__name__} needs ZeRO stage 1, 2 or 3 as in DeepSpeed 0.19, and does not find "
+            f"{', '.join(absent)}. Install that version, or leave the callback out."
+        )
+
+
 def _refuse_sharded(callback: Member, trainer: Trainer) -> None:
     # By name: `lightning` and `pytorch_lightning` each have their own classes. DeepSpeedStrategy is a DDPStrategy.
-    names = {cls.__name__ for cls in type(trainer.strategy).__mro__}
-    served = {"SingleDeviceStrategy", "DDPStrategy"} | ({"ModelParallelStrategy"} if callback.serves_shards else set())
-    if names.isdisjoint(served) or "DeepSpeedStrategy" in names:
-        where = "a single device, DDP and FSDP2" if callback.serves_shards else "a single device and DDP"
+    names = _strategy_names(trainer)
+    served = ["a single device", "DDP"] + (["FSDP2"] if callback.serves_shards else [])
+    served += ["DeepSpeed"] if callback.serves_zero else []
+    known = {"DeepSpeed": "DeepSpeedStrategy"} if "DeepSpeedStrategy" in names else _STRATEGIES
+    if names.isdisjoint(name for what, name in known.items() if what in served):
         raise SetupError(
-            f"{type(callback).__name__} serves {where}, but not yet {type(trainer.strategy).__name__}. Use another "
-            "strategy, or leave the callback out."
+            f"{type(callback).__name__} serves {', '.join(served[:-1])} and {served[-1]}, but not yet "
+            f"{type(trainer.strategy).__name__}. Use another strategy, or leave the callback out."
         )
+
+
+_STRATEGIES = {"a single device": "SingleDeviceStrategy", "DDP": "DDPStrategy", "FSDP2": "ModelParallelStrategy"}
+
+
+def _strategy_names(trainer: Trainer) -> set[str]:
+    return {cls.__name__ for cls in type(trainer.strategy).__mro__}

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from lit_callbacks import _deepspeed
 from lit_callbacks.functional import tensor_norms
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part, in the same memory; of a tensor that is not sharded, the tensor itself."""
+    if _deepspeed.is_cut(tensor):
+        return _deepspeed.part(tensor)
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -57,24 +60,30 @@ def as_part_of(part: Tensor, like: Tensor) -> Tensor:
     )
 
 
-def share_norms(tensors: Sequence[Tensor]) -> Tensor:
+def share_norms(tensors: Sequence[Tensor], ranks: int = 1) -> Tensor:
     """This rank's share in the L2 norm of each tensor: the root mean square over ranks is the norm of the whole.
 
     Of a tensor that every rank has, that is its norm. A part of one in ``n`` counts ``n``-fold, so that what adds up
     squares over ranks, and divides by their number, need not know which is which.
 
+    Args:
+        tensors: Whole or sharded ones.
+        ranks: How many ranks have a part, where those that look whole are parts, as ZeRO's are.
+
     Returns:
         As :func:`~lit_callbacks.functional.tensor_norms`, of this rank alone: there is no communication.
     """
-    if not any(isinstance(tensor, DTensor) for tensor in tensors):
+    parts = [ranks * _parts(tensor) for tensor in tensors]
+    if all(part == 1 for part in parts):
         return tensor_norms(tensors)
     norms = tensor_norms([local(tensor) for tensor in tensors])
-    parts = [_parts(tensor) for tensor in tensors]
     return norms * torch.tensor(parts, dtype=norms.dtype, device=norms.device).sqrt()
 
 
 def _parts(tensor: Tensor) -> int:
     """In how many parts a tensor lies on the ranks."""
+    if _deepspeed.is_cut(tensor):
+        return _deepspeed.ranks_of(tensor)
     if not isinstance(tensor, DTensor):
         return 1
     return math.prod(

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_callbacks._alarms import InARow, OwnPast, raise_alarm
+from lit_callbacks._deepspeed import clip_factor, engine_of, numel
 from lit_callbacks._facts import facts_of, has_scaler
 from lit_callbacks._member import Member
 from lit_callbacks._ranks import Measurement
@@ -69,6 +70,7 @@ class GradientNormLogger(StepObserver):
     """
 
     serves_shards = True
+    serves_zero = True
 
     def __init__(
         self,
@@ -106,7 +108,7 @@ class GradientNormLogger(StepObserver):
         # How many elements have a gradient, in all and by group; groups of another optimizer, or frozen, have none.
         trained = tuple(map(id, gradients.parameters))
         if trained != self._trained:
-            numbers = torch.tensor([float(p.numel()) for p in gradients.parameters])
+            numbers = torch.tensor([float(numel(p)) for p in gradients.parameters])
             self._trained, self._elements = trained, numbers.sum().item()
             self._sizes = groups.sums(groups.place(gradients.parameters, numbers)).tolist()
         used = gradients.parameters
@@ -124,6 +126,10 @@ class GradientNormLogger(StepObserver):
 
     def after(self, trainer: Trainer, step: Step) -> None:
         """The norm of what the optimizer used: of all, or of a few if they have only been scaled alike."""
+        if (engine := engine_of(trainer)) is not None:  # which clips in its step, and keeps nothing of it
+            if (factor := clip_factor(engine)) is not None:
+                step.found["clipped"] = step.found["total"] * factor
+            return
         used = [p for p in step.found["used"] if p.grad is not None]
         if not used:
             return
@@ -135,17 +141,18 @@ class GradientNormLogger(StepObserver):
         step.found["clipped"] = norm
 
     def found(self, trainer: Trainer, step: Step) -> Measurement:
-        """Squares and counts, which add up over ranks: each holds the whole gradient, so each gives its share."""
+        """Squares, which add up over ranks: each holds the whole gradient, or a part of it, and gives its share."""
         assert self.parameter_groups is not None
         found = step.found
         sums = {
             "groups": self.parameter_groups.sums(found["norms"].square()),
             "total": found["total"].square(),
-            "nonfinite": (~found["norms"].isfinite()).sum().float(),
         }
         if "clipped" in found:
             sums["clipped"] = found["clipped"].square()
-        return Measurement({name: value / trainer.world_size for name, value in sums.items()})
+        # One rank alone may have the part that is not finite.
+        nonfinite = (~found["norms"].isfinite()).float()
+        return Measurement({name: value / trainer.world_size for name, value in sums.items()}, {"nonfinite": nonfinite})
 
     def summarise(self, total: Measurement) -> dict[str, Tensor]:
         """The norms, by name."""
@@ -155,7 +162,7 @@ class GradientNormLogger(StepObserver):
         values = {
             "total": sums["total"].sqrt(),
             "rms": (sums["total"] / max(found["elements"], 1)).sqrt(),
-            "nonfinite": sums["nonfinite"] / max(found["parameters"], 1),
+            "nonfinite": total.maxima["nonfinite"].sum() / max(found["parameters"], 1),
         }
         if "clipped" in sums:
             values["clipped"] = sums["clipped"].sqrt()

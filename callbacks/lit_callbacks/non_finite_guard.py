@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
+from lit_callbacks._deepspeed import step_follows
 from lit_callbacks._facts import facts_of, has_scaler
 from lit_callbacks._member import publish
 from lit_callbacks._step_skipper import DivergenceError, StepSkipper
@@ -53,6 +54,7 @@ class NonFiniteGuard(StepSkipper):
     """
 
     serves_shards = True
+    serves_zero = True
 
     def __init__(self, patience: int = 10) -> None:
         if patience < 1:
@@ -63,6 +65,8 @@ class NonFiniteGuard(StepSkipper):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Agree on whether this step is finite; if it is not, skip it and say so."""
+        if not step_follows(trainer):
+            return
         reading = facts_of(trainer).reading(trainer, optimizer)
         if reading.finite and (math.isfinite(reading.grad_norm) or has_scaler(trainer)):
             self._counts["in_a_row"] = 0

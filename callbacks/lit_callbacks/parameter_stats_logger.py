@@ -6,9 +6,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lit_callbacks._deepspeed import engine_of
 from lit_callbacks._errors import SetupError
 from lit_callbacks._evaluation import EvaluationHooks
-from lit_callbacks._facts import amp_scale, parameters
+from lit_callbacks._facts import amp_scale, own_weights
 from lit_callbacks._histograms import histogram, show_histogram
 from lit_callbacks._ranks import Measurement
 from lit_callbacks._shards import is_sharded, share_norms
@@ -55,6 +56,7 @@ class ParameterStatsLogger(StepObserver, EvaluationHooks):
     """
 
     serves_shards = True
+    serves_zero = True
 
     def __init__(self, every_n_steps: int = 50, groups: list[str] | None = None, histograms: bool = False) -> None:
         super().__init__(every_n_steps, groups)
@@ -63,7 +65,7 @@ class ParameterStatsLogger(StepObserver, EvaluationHooks):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse histograms of what no rank has."""
         super().on_fit_start(trainer, pl_module)
-        if self.histograms and is_sharded(pl_module):
+        if self.histograms and (is_sharded(pl_module) or engine_of(trainer) is not None):
             raise SetupError(
                 "ParameterStatsLogger(histograms=True) needs whole parameters, and each rank has a part of them here. "
                 "Leave histograms out."
@@ -72,20 +74,21 @@ class ParameterStatsLogger(StepObserver, EvaluationHooks):
     def before(self, trainer: Trainer, step: Step) -> None:
         """Keep the weights; and their histograms, while the gradient is not clipped."""
         assert self.parameter_groups is not None
-        trained = [p for p in parameters(step.optimizer) if p.requires_grad]
-        step.found["before"] = [p.detach().clone() for p in trained]
+        trained, weights, ranks = own_weights(trainer, step.optimizer)
+        step.found["before"] = [weight.clone() for weight in weights]
         step.found["trained"] = trained
         step.found["present"] = set(self.parameter_groups.sort(trained))
-        step.found["weights"] = self.parameter_groups.place(trained, share_norms(step.found["before"]))
+        step.found["weights"] = self.parameter_groups.place(trained, share_norms(step.found["before"], ranks))
         if self.histograms:
             self._show_histograms(trainer, step)
 
     def after(self, trainer: Trainer, step: Step) -> None:
         """The norm of the step, taken right after it."""
         assert self.parameter_groups is not None
-        before, trained = step.found.pop("before"), step.found.pop("trained")
-        torch._foreach_sub_(before, [p.detach() for p in trained])
-        step.found["updates"] = self.parameter_groups.place(trained, share_norms(before))
+        before = step.found.pop("before")
+        trained, weights, ranks = own_weights(trainer, step.optimizer)
+        torch._foreach_sub_(before, weights)
+        step.found["updates"] = self.parameter_groups.place(trained, share_norms(before, ranks))
 
     def _show_histograms(self, trainer: Trainer, step: Step) -> None:
         assert self.parameter_groups is not None

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from lit_callbacks._deepspeed import numel
 from lit_callbacks.recipe.finding import rule
 from lit_callbacks.recipe.plan import Plan
 
@@ -151,7 +152,7 @@ def fp16_without_scaler(plan: Plan) -> Found:
 @rule("lr-range", "warning")
 def lr_range(plan: Plan) -> Found:
     """Far from where models of this size are trained (Kaplan et al. 2020, equation D.1, for Adam)."""
-    size = sum(p.numel() for p in plan.module.parameters())
+    size = sum(numel(p) for p in plan.module.parameters())
     if not plan.has_attention or size < 1000:
         return
     usual = max(1e-4, 0.003239 - 0.0001395 * math.log(size))

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -62,6 +62,26 @@ def spread(model: nn.Module, strategy: Strategy, mesh: DeviceMesh | None) -> Non
         if isinstance(module, Block):
             fully_shard(module, mesh=mesh["data_parallel"])
     fully_shard(model, mesh=mesh["data_parallel"])
+
+
+def shards_weights(strategy: Strategy) -> bool:
+    """Whether no device has a whole model: all compute together, or none can."""
+    zero = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
+    return zero or isinstance(strategy, ModelParallelStrategy)
+
+
+def size_of(parameter: Tensor) -> int:
+    """Elements of a parameter over all devices; ZeRO-3 leaves an empty one in its place."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def prepare(strategy: Strategy) -> None:
+    """Let DeepSpeed take any optimizer to the CPU, not only its own, which has to be compiled first.
+
+    To be called before the engine is made. A configuration that says otherwise stands.
+    """
+    if isinstance(strategy, DeepSpeedStrategy) and isinstance(strategy.config, dict):
+        strategy.config.setdefault("zero_force_ds_cpu_optimizer", False)
 
 
 def settle_accumulation(trainer: Trainer, total_steps: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -19,7 +19,7 @@ from lit_transformer.optim import ParamGroups, Plateau, Schedule, WarmupConstant
 from lit_transformer.optim.schedule_free import AveragedWeights, go_on, is_schedule_free
 from lit_transformer.optim.spec import factory_spec, factory_target, instance_spec, load_factory
 from lit_transformer.optim.total_steps import total_steps
-from lit_transformer.parallel import settle_accumulation
+from lit_transformer.parallel import prepare, settle_accumulation
 
 
 class LitRecipe(LightningModule):
@@ -112,6 +112,7 @@ class LitRecipe(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """One optimizer; the schedule steps with it and is logged as ``lr/<group>``."""
+        prepare(self.trainer.strategy)
         apart = bool(getattr(factory_target(self.optimizer_factory), "hidden_apart", False))
         groups = self.param_groups.build(self, apart)
         try:
@@ -119,7 +120,8 @@ class LitRecipe(LightningModule):
         except ValueError as error:
             raise UsageError(f"{factory_target(self.optimizer_factory).__name__}: {error}") from None
         self._averaged = AveragedWeights(optimizer) if is_schedule_free(optimizer) else None
-        if self._averaged is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+        strategy = self.trainer.strategy
+        if self._averaged is not None and isinstance(strategy, ModelParallelStrategy | DeepSpeedStrategy):
             raise UsageError(
                 f"{type(optimizer).__name__} keeps two sets of weights, which are not saved in parts yet: use another "
                 "optimizer, or strategy ddp"

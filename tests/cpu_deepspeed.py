@@ -1,8 +1,9 @@
 """Lightning's DeepSpeed strategy on two CPUs, for tests: it wants a GPU in three places, DeepSpeed itself in none."""
 
-import argparse
 import importlib
+from unittest import mock
 
+import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
@@ -15,7 +16,6 @@ class CPUDeepSpeed(DeepSpeedStrategy):
             stage=stage, offload_optimizer=offload, offload_parameters=offload and stage == 3,
             allgather_bucket_size=5_000, reduce_bucket_size=5_000,
         )  # fmt: skip
-        self.config["zero_force_ds_cpu_optimizer"] = False
         # As in a large model: what is not in use is given up, but for what is small.
         zero = self.config["zero_optimization"]
         zero |= {"stage3_param_persistence_threshold": 100, "stage3_max_reuse_distance": 0}
@@ -31,12 +31,10 @@ class CPUDeepSpeed(DeepSpeedStrategy):
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
         self._init_deepspeed_distributed()
 
-    def _setup_model_and_optimizer(self, model, optimizer, lr_scheduler=None):
-        import deepspeed
+    def _setup_model_and_optimizer(self, *args, **kwargs):
+        with mock.patch.object(CPUDeepSpeed, "root_device", torch.device("cpu", self.local_rank)):
+            return super()._setup_model_and_optimizer(*args, **kwargs)
 
-        engine, optimizer, _, _ = deepspeed.initialize(
-            args=argparse.Namespace(device_rank=self.local_rank), config=self.config, model=model,
-            model_parameters=filter(lambda p: p.requires_grad, model.parameters()), optimizer=optimizer,
-            lr_scheduler=lr_scheduler, dist_init_required=False,
-        )  # fmt: skip
-        return engine, optimizer
+    def _initialize_deepspeed_inference(self, model):
+        with mock.patch.object(CPUDeepSpeed, "root_device", torch.device("cpu", self.local_rank)):
+            super()._initialize_deepspeed_inference(model)

@@ -17,6 +17,7 @@ from cpu_deepspeed import CPUDeepSpeed
 from helpers import MemoryLogger, make_trainer
 from lit_callbacks import (
     ActivationStatsMonitor,
+    AdaptiveGradientClipping,
     AttentionEntropyMonitor,
     DeadNeuronDetector,
     ExactResume,
@@ -28,6 +29,7 @@ from lit_callbacks import (
     ThroughputLogger,
     VerifiedCheckpoint,
 )
+from lit_callbacks._facts import facts_of
 from lit_transformer import (
     LanguageModelingData,
     LitCausalLM,
@@ -70,9 +72,10 @@ class Task(LitCausalLM):
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
-        if (self.trouble, self.global_step) == ("nan", 12) and self.global_rank == self.trainer.world_size - 1:
+        last = self.global_rank == self.trainer.world_size - 1
+        if (self.trouble, self.global_step) == ("nan", 12) and last and torch.is_grad_enabled():
             loss = loss * float("nan")
-        if (self.trouble, self.global_step) == ("wild", 14):
+        if (self.trouble, self.global_step) == ("wild", 20):
             loss = loss * 1e4
         return loss
 
@@ -80,7 +83,7 @@ class Task(LitCausalLM):
         if (self.trouble, self.global_step) == ("damage", 20):
             self.trouble = None  # once: the data after a rollback is new
             for part in parts(self.trainer, self):
-                part.data.mul_(4)
+                part.data.mul_(8)
 
 
 def parts(trainer, module):
@@ -156,6 +159,82 @@ CASES = {
 }
 
 
+COMBINATIONS = {
+    f"{precision}, {accumulate}, {clip}": {"precision": precision, "accumulate": accumulate, "clip": clip, "steps": 12}
+    for precision in ("32-true", "bf16-mixed")
+    for accumulate in (1, 2)
+    for clip in (None, 0.5)
+}
+
+
+class WholeGradients(Callback):
+    """Compares the norm of each parameter's gradient, as callbacks share it, with that of DeepSpeed's whole one."""
+
+    def __init__(self):
+        self.differences = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if not trainer.model.is_gradient_accumulation_boundary():
+            return
+        from deepspeed.utils import safe_get_full_grad
+
+        facts = facts_of(trainer).gradients(trainer, optimizer)
+        squares = facts.norms.square()
+        torch.distributed.all_reduce(squares)
+        found = (squares / trainer.world_size).sqrt()
+        whole = torch.stack([safe_get_full_grad(parameter).float().norm() for parameter in facts.parameters])
+        self.differences.append(((found - whole).abs() / whole).max().item())
+
+
+def whole_gradients(folder, text, strategy):
+    """The largest relative difference of a gradient's norm, with accumulation."""
+    torch.manual_seed(0)
+    data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=4)
+    compare = WholeGradients()
+    trainer = make_trainer(
+        strategy=strategy_of(strategy), devices=2, max_steps=3, accumulate_grad_batches=2, limit_val_batches=0,
+        default_root_dir=folder, callbacks=[compare],
+    )  # fmt: skip
+    trainer.fit(LitCausalLM(CONFIG, schedule=None), data)
+    return compare.differences
+
+
+def started_from(folder, text, strategy, checkpoint):
+    """The loss of the first step with the weights of a file, and of the second, which the optimizer's copy makes."""
+    torch.manual_seed(0)
+    data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=4)
+    task = LitCausalLM(CONFIG, partial(torch.optim.SGD, lr=0.0), schedule=None, init_from=checkpoint)
+    losses = Losses()
+    trainer = make_trainer(
+        strategy=strategy_of(strategy), devices=2, max_steps=2, limit_val_batches=0, default_root_dir=folder,
+        callbacks=[losses],
+    )  # fmt: skip
+    trainer.fit(task, data)
+    return [sum(values) for values in losses.found.values()]
+
+
+def refused_by_deepspeed(folder, text, strategy):
+    """What is said of what DeepSpeed does not have yet."""
+    data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=4)
+    plain = LitCausalLM(CONFIG, schedule=None)
+    free = LitCausalLM(CONFIG, partial(ScheduleFreeAdamW, lr=1e-3), WarmupConstant(warmup=2))
+    runs = {
+        "autopsy": (plain, [NonFiniteAutopsy()], {}),
+        "clipping": (plain, [AdaptiveGradientClipping(max_grad_norm=1.0)], {}),
+        "histograms": (plain, [ParameterStatsLogger(histograms=True)], {}),
+        "schedule_free": (free, [], {}),
+        "window": (plain, [], {"accumulate_grad_batches": 2, "limit_train_batches": 3, "max_steps": 2}),
+    }
+    found = {}
+    for name, (task, callbacks, more) in runs.items():
+        options = {"max_steps": 1, "limit_val_batches": 0, "default_root_dir": folder} | more
+        try:
+            make_trainer(strategy=strategy_of(strategy), devices=2, callbacks=callbacks, **options).fit(task, data)
+        except (UsageError, SetupError) as error:
+            found[name] = str(error)
+    return found
+
+
 def refused(folder, text):
     """What is said of what FSDP2 does not have yet."""
     data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=4)
@@ -181,12 +260,19 @@ def refused(folder, text):
     return found
 
 
-def main(out, strategy, text):
+def main(out, strategy, text, what, checkpoint):
     """Write what each case gives on this rank, and a resumed run."""
-    found = {name: fit(out / name, text, strategy, **case) for name, case in CASES.items()}
-    found["resumed"] = fit(out / "resumed", text, strategy, resume=str(out / "plain" / "step=10.ckpt"))
+    if what == "combinations":
+        found = {name: fit(out / name, text, strategy, **case) for name, case in COMBINATIONS.items()}
+    else:
+        found = {name: fit(out / name, text, strategy, **case) for name, case in CASES.items()}
+        found["resumed"] = fit(out / "resumed", text, strategy, resume=str(out / "plain" / "step=10.ckpt"))
     if strategy == "fsdp2":
         found["refused"] = refused(out / "refused", text)
+    if strategy.startswith("zero") and what == "cases":
+        found["whole_gradients"] = whole_gradients(out / "whole_gradients", text, strategy)
+        found["started_from"] = started_from(out / "started_from", text, strategy, checkpoint)
+        found["refused"] = refused_by_deepspeed(out / "refused", text, strategy)
     (out / f"{strategy}_{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_utilities.core.rank_zero import rank_zero_info
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -19,6 +19,7 @@ from lit_transformer.optim import ParamGroups, Plateau, Schedule, WarmupConstant
 from lit_transformer.optim.schedule_free import AveragedWeights, go_on, is_schedule_free
 from lit_transformer.optim.spec import factory_spec, factory_target, instance_spec, load_factory
 from lit_transformer.optim.total_steps import total_steps
+from lit_transformer.parallel import clip_by_norm, shards, whole_dims
 
 
 class LitRecipe(LightningModule):
@@ -112,13 +113,19 @@ class LitRecipe(LightningModule):
     def configure_optimizers(self) -> Any:
         """One optimizer; the schedule steps with it and is logged as ``lr/<group>``."""
         apart = bool(getattr(factory_target(self.optimizer_factory), "hidden_apart", False))
-        groups = self.param_groups.build(self, apart)
+        model = self.trainer.strategy.model or self
+        if apart and isinstance(model, FullyShardedDataParallel):
+            raise UsageError(
+                f"{factory_target(self.optimizer_factory).__name__} needs whole matrices, of which FSDP1 leaves flat "
+                "pieces: use strategy ddp or fsdp2"
+            )
+        groups = self.param_groups.build(self, apart, whole_dims(model))
         try:
             optimizer = self.optimizer_factory(groups)
         except ValueError as error:
             raise UsageError(f"{factory_target(self.optimizer_factory).__name__}: {error}") from None
         self._averaged = AveragedWeights(optimizer) if is_schedule_free(optimizer) else None
-        if self._averaged is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+        if self._averaged is not None and shards(self.trainer.strategy):
             raise UsageError(
                 f"{type(optimizer).__name__} keeps two sets of weights, which are not saved in parts yet: use another "
                 "optimizer, or strategy ddp"
@@ -141,6 +148,17 @@ class LitRecipe(LightningModule):
         scheduler = LambdaLR(optimizer, lambda step: self._multiplier(step, steps))
         self._groups = [_settings(optimizer, group) for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
+
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by norm under FSDP1 as well, where Lightning refuses to."""
+        value, algorithm = gradient_clip_val, gradient_clip_algorithm or "norm"
+        if not (value and algorithm == "norm" and clip_by_norm(self.trainer.strategy.model or self, value)):
+            super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def _multiplier(self, step: int, total_steps: int) -> float:
         scheduled = 1.0 if self.schedule is None else self.schedule.multiplier(step, total_steps)

@@ -5,10 +5,13 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import FSDPStrategy
 from pytorch_optimizer import ScheduleFreeAdamW
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from helpers import MemoryLogger, make_trainer
@@ -63,23 +66,54 @@ class Task(LitCausalLM):
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
-        if (self.trouble, self.global_step) == ("nan", 12) and self.global_rank == self.trainer.world_size - 1:
+        if (self.trouble, batch_idx) == ("nan", 12) and self.global_rank == self.trainer.world_size - 1:
             loss = loss * float("nan")
-        if (self.trouble, self.global_step) == ("wild", 14):
+        if (self.trouble, batch_idx) == ("wild", 24):
             loss = loss * 1e4
         return loss
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
         if (self.trouble, self.global_step) == ("damage", 20):
             self.trouble = None  # once: the data after a rollback is new
-            for parameter in self.parameters():
-                part = parameter.data.to_local() if isinstance(parameter, DTensor) else parameter.data
-                part.mul_(4)
+            weight = self.model.final_norm.weight.data
+            (weight.to_local() if isinstance(weight, DTensor) else weight).mul_(-8)
 
 
-def whole(tensor):
-    """All of a tensor, on every rank."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+class CPUFSDP(FSDPStrategy):
+    """Lightning allows FSDP1 on GPUs alone, and torch asks for the device; on CPUs, it saves in parts only."""
+
+    def __init__(self, state_dict_type="sharded"):
+        super().__init__(state_dict_type=state_dict_type)
+
+    def _setup_model(self, model):
+        init = FullyShardedDataParallel.__init__
+
+        def on_cpu(self, *arguments, **options):
+            init(self, *arguments, **options | {"device_id": torch.device("cpu")})
+
+        with mock.patch.object(FullyShardedDataParallel, "__init__", on_cpu):
+            return super()._setup_model(model)
+
+
+STRATEGIES = {"single": lambda: "auto", "ddp": lambda: "ddp", "fsdp2": lambda: "fsdp2", "fsdp": CPUFSDP}
+
+
+def events(folder):
+    """What recovery did: step and event."""
+    lines = [json.loads(line) for path in folder.rglob("events.jsonl") for line in path.read_text().splitlines()]
+    return [[line["step"], line["event"]] for line in lines if line["event"] in ("skip", "rollback", "stop")]
+
+
+def weights(trainer, task):
+    """The sum of the absolute values of each parameter, all of it, on every rank."""
+    found = {}
+    for name, parameter in task.named_parameters():
+        total = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        total = total.detach().double().abs().sum()
+        if isinstance(trainer.strategy, FSDPStrategy):
+            torch.distributed.all_reduce(total)
+        found[name.replace("_fsdp_wrapped_module.", "")] = total.item()
+    return found
 
 
 def fit(
@@ -95,7 +129,7 @@ def fit(
     losses, logger = Losses(), MemoryLogger()
     checkpoint = VerifiedCheckpoint(folder, "{step}", every_n_train_steps=10, save_top_k=-1)
     trainer = make_trainer(
-        strategy="auto" if strategy == "single" else strategy, devices=devices, max_steps=steps, max_epochs=-1,
+        strategy=STRATEGIES[strategy](), devices=devices, max_steps=steps, max_epochs=-1,
         accumulate_grad_batches=accumulate, gradient_clip_val=clip, precision=precision, limit_val_batches=0,
         logger=logger, enable_checkpointing=True, default_root_dir=folder,
         callbacks=[
@@ -113,8 +147,9 @@ def fit(
     return {
         "losses": {str(step): sum(values) for step, values in losses.found.items()},
         "logged": logged,
-        "weights": {name: whole(p).double().abs().sum().item() for name, p in task.named_parameters()},
+        "weights": weights(trainer, task),
         "position": data.position(),
+        "events": events(folder),
     }
 
 

@@ -24,10 +24,14 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def single(text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("single")
-    return {name: fit(folder / name, text, "single", **case) for name, case in CASES.items()}
+    found = {name: fit(folder / name, text, "single", **case) for name, case in CASES.items()}
+    assert found["nan"]["events"] == [[12, "skip"]]
+    assert found["wild"]["events"] == [[24, "skip"]]
+    assert found["damage"]["events"][-1][1] == "rollback"
+    return found
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp"])
 def test_two_ranks_do_what_one_process_does(strategy, single, text, tmp_path):
     ranks = two_ranks(Path(__file__).with_name("strategy_worker.py"), tmp_path, strategy, strategy, text)
     first, second = ranks
@@ -39,6 +43,7 @@ def test_two_ranks_do_what_one_process_does(strategy, single, text, tmp_path):
         assert together["weights"] == pytest.approx(alone["weights"], rel=rounding), name
         assert second[name]["weights"] == together["weights"]
         assert together["position"] == alone["position"]
+        assert together["events"] == alone["events"], name
         assert together["logged"].keys() == alone["logged"].keys()
         for step, metrics in alone["logged"].items() if name != "bf16" else ():
             found = together["logged"][step]
@@ -58,11 +63,14 @@ def test_two_ranks_do_what_one_process_does(strategy, single, text, tmp_path):
 
 
 @pytest.mark.slow
-def test_sharded_on_the_command_line(tmp_path):
+@pytest.mark.parametrize(
+    "strategy", [["strategy/fsdp2"], ["strategy/fsdp", "--trainer.strategy.class_path=strategy_worker.CPUFSDP"]]
+)
+def test_sharded_on_the_command_line(strategy, tmp_path):
     """Fit, go on, make one file of the parts, and go on from that on one device."""
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG | {"checkpoint_every_n_steps": 10}))
     (tmp_path / "text.txt").write_text("".join(f"{i * i % 97:03d}, {i:04d}; " for i in range(4000)))
-    sharded = ["--config", "tiny.yaml", "--config", "strategy/fsdp2", "--trainer.devices", "2"]
+    sharded = ["--config", "tiny.yaml", "--config", *strategy, "--trainer.devices", "2"]
 
     def run(*words):
         command = [sys.executable, "-W", "ignore", Path(__file__).parents[1] / "cli.py", *words]

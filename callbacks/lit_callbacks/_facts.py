@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_callbacks._ranks import rows_of_ranks
-from lit_callbacks._shards import share_norms
+from lit_callbacks._shards import gradient, share_norms
 
 
 class Gradients(NamedTuple):
@@ -106,8 +106,9 @@ def _read(ranks: list[list[float]]) -> Reading:
 
 
 def _gradients(optimizer: Optimizer, scale: Tensor | None) -> Gradients:
-    with_gradient = [p for p in parameters(optimizer) if p.grad is not None]
-    norms = share_norms([p.grad for p in with_gradient if p.grad is not None])
+    found = [(p, g) for p in parameters(optimizer) if (g := gradient(p)) is not None]
+    with_gradient = [p for p, _ in found]
+    norms = share_norms([g for _, g in found], of=with_gradient)
     # Fused optimizers unscale inside step(), so until then their gradients are multiplied.
     if scale is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
         norms = norms / scale

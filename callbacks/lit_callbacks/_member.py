@@ -83,10 +83,23 @@ def publish(
 def _refuse_sharded(callback: Member, trainer: Trainer) -> None:
     # By name: `lightning` and `pytorch_lightning` each have their own classes. DeepSpeedStrategy is a DDPStrategy.
     names = {cls.__name__ for cls in type(trainer.strategy).__mro__}
-    served = {"SingleDeviceStrategy", "DDPStrategy"} | ({"ModelParallelStrategy"} if callback.serves_shards else set())
+    served = {"SingleDeviceStrategy", "DDPStrategy"}
+    served |= {"ModelParallelStrategy", "FSDPStrategy"} if callback.serves_shards else set()
     if names.isdisjoint(served) or "DeepSpeedStrategy" in names:
-        where = "a single device, DDP and FSDP2" if callback.serves_shards else "a single device and DDP"
+        where = "a single device, DDP and FSDP" if callback.serves_shards else "a single device and DDP"
         raise SetupError(
             f"{type(callback).__name__} serves {where}, but not yet {type(trainer.strategy).__name__}. Use another "
             "strategy, or leave the callback out."
         )
+    if "FSDPStrategy" in names:
+        sharding = trainer.strategy.sharding_strategy.name  # type: ignore[attr-defined]
+        if not trainer.strategy.kwargs.get("use_orig_params"):  # type: ignore[attr-defined]
+            raise SetupError(
+                f"{type(callback).__name__} needs parameters that it can tell apart. Set use_orig_params=True for "
+                "FSDPStrategy, which is Lightning's default, or leave the callback out."
+            )
+        if sharding not in ("FULL_SHARD", "SHARD_GRAD_OP"):
+            raise SetupError(
+                f"{type(callback).__name__} serves the sharding strategies FULL_SHARD and SHARD_GRAD_OP of "
+                f"FSDPStrategy, not {sharding}. Use one of them, or leave the callback out."
+            )

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from lit_callbacks._groups import ParameterGroups
 from lit_callbacks._observer import Observer
 from lit_callbacks._ranks import Measurement
+from lit_callbacks._shards import whole_shapes
 
 
 class Step:
@@ -57,11 +58,11 @@ class StepObserver(Observer):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sort the parameters into groups; a glob that matches nothing is refused here."""
-        self._group(pl_module)
+        self._group(trainer, pl_module)
 
-    def _group(self, pl_module: LightningModule) -> ParameterGroups:
+    def _group(self, trainer: Trainer, pl_module: LightningModule) -> ParameterGroups:
         by = ["layers", "kinds"] if self.groups is None else self.groups
-        self.parameter_groups = ParameterGroups(pl_module, by)
+        self.parameter_groups = ParameterGroups(pl_module, by, whole_shapes(trainer, pl_module))
         return self.parameter_groups
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

@@ -30,7 +30,7 @@ def live_tensors(trainer: Trainer, module: LightningModule, also: Collection[str
 
     Frozen parameters are left out unless ``also`` names them; so are buffers that are not saved, and boolean ones.
     """
-    settle(module)
+    settle(trainer.strategy.model or module)
     tensors = _of_module("", module, also)
     for index, optimizer in enumerate(trainer.optimizers):
         for place, value in _states(optimizer):

@@ -13,7 +13,7 @@ from lit_callbacks._alarms import InARow, OwnPast, raise_alarm
 from lit_callbacks._facts import facts_of, has_scaler
 from lit_callbacks._member import Member
 from lit_callbacks._ranks import Measurement
-from lit_callbacks._shards import is_sharded, share_norms
+from lit_callbacks._shards import gradient, is_sharded, share_norms, whole_shapes
 from lit_callbacks._step_observer import Step, StepObserver
 
 SAMPLE = 4
@@ -106,7 +106,9 @@ class GradientNormLogger(StepObserver):
         # How many elements have a gradient, in all and by group; groups of another optimizer, or frozen, have none.
         trained = tuple(map(id, gradients.parameters))
         if trained != self._trained:
-            numbers = torch.tensor([float(p.numel()) for p in gradients.parameters])
+            assert trainer.lightning_module is not None
+            shapes = whole_shapes(trainer, trainer.lightning_module)
+            numbers = torch.tensor([float(shapes[id(p)].numel()) for p in gradients.parameters])
             self._trained, self._elements = trained, numbers.sum().item()
             self._sizes = groups.sums(groups.place(gradients.parameters, numbers)).tolist()
         used = gradients.parameters
@@ -124,11 +126,11 @@ class GradientNormLogger(StepObserver):
 
     def after(self, trainer: Trainer, step: Step) -> None:
         """The norm of what the optimizer used: of all, or of a few if they have only been scaled alike."""
-        used = [p for p in step.found["used"] if p.grad is not None]
-        if not used:
-            return
+        if all(p.grad is None for p in step.found["used"]):
+            return  # the step is skipped
+        used = [(p, g) for p in step.found["used"] if (g := gradient(p)) is not None]
         # A fused optimizer has unscaled its gradients by now.
-        norm = torch.linalg.vector_norm(share_norms([p.grad for p in used if p.grad is not None]))
+        norm = torch.linalg.vector_norm(share_norms([g for _, g in used], of=[p for p, _ in used]))
         if len(used) < step.found["parameters"]:
             factor = norm / step.found["sample"]
             norm = step.found["total"] * factor.where(step.found["sample"] > 0, 1.0)

@@ -76,7 +76,7 @@ class ParameterStatsLogger(StepObserver, EvaluationHooks):
         step.found["before"] = [p.detach().clone() for p in trained]
         step.found["trained"] = trained
         step.found["present"] = set(self.parameter_groups.sort(trained))
-        step.found["weights"] = self.parameter_groups.place(trained, share_norms(step.found["before"]))
+        step.found["weights"] = self.parameter_groups.place(trained, share_norms(step.found["before"], of=trained))
         if self.histograms:
             self._show_histograms(trainer, step)
 
@@ -85,7 +85,7 @@ class ParameterStatsLogger(StepObserver, EvaluationHooks):
         assert self.parameter_groups is not None
         before, trained = step.found.pop("before"), step.found.pop("trained")
         torch._foreach_sub_(before, [p.detach() for p in trained])
-        step.found["updates"] = self.parameter_groups.place(trained, share_norms(before))
+        step.found["updates"] = self.parameter_groups.place(trained, share_norms(before, of=trained))
 
     def _show_histograms(self, trainer: Trainer, step: Step) -> None:
         assert self.parameter_groups is not None
@@ -140,7 +140,7 @@ class ParameterStatsLogger(StepObserver, EvaluationHooks):
         """Report the weights."""
 
         def measure() -> Measurement:
-            norms = self._group(pl_module).place(
+            norms = self._group(trainer, pl_module).place(
                 list(pl_module.parameters()), share_norms(list(pl_module.parameters()))
             )
             return self._squares(trainer, weights=norms)

@@ -43,6 +43,8 @@ def whole(folder: Path) -> dict[str, Any]:
     Cost: all of it in memory.
     """
     checkpoint = _load_distributed_checkpoint(folder)
+    if "model" in checkpoint:  # as FSDP1 calls it
+        checkpoint["state_dict"] = checkpoint.pop("model")
     names = sorted(name for name in checkpoint if name.startswith("optimizer_") and name[10:].isdigit())
     if names:
         checkpoint["optimizer_states"] = [_by_number(checkpoint.pop(name)) for name in names]

@@ -150,9 +150,8 @@ class TrainingCLI(LightningCLI):
             run = RunFolder(self.root / settings.run)
             self.run = run if run.owns(settings.ckpt_path) else None
         if settings.ckpt_path is not None:
-            sharded = any(
-                name in str(settings.trainer.strategy) for name in ("fsdp2", "FSDP2", "ModelParallelStrategy")
-            )
+            name = str(settings.trainer.strategy).lower()
+            sharded = "fsdp" in name or "modelparallel" in name
             self.checkpoint = load_checkpoint(settings.ckpt_path, weights=not sharded)
 
     def _go_on(self, run: RunFolder) -> str | None:

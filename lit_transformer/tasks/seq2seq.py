@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torchmetrics.text import CHRFScore, SacreBLEUScore
 
@@ -15,6 +14,7 @@ from lit_transformer.nn import EncoderDecoder, TransformerConfig
 from lit_transformer.nn.beam_search import beam_search
 from lit_transformer.objectives import IGNORED, TokenObjective
 from lit_transformer.optim import ParamGroups, Schedule, WarmupCosine
+from lit_transformer.parallel import shards
 from lit_transformer.task import Batch
 
 
@@ -124,7 +124,7 @@ class LitSeq2Seq(LitTransformer):
         """Refuse to write where no device has the whole model: texts end at different times on each."""
         super().setup(stage)
         writes = self.scored_samples or stage == "predict"
-        if writes and isinstance(self.trainer.strategy, ModelParallelStrategy):
+        if writes and shards(self.trainer.strategy):
             raise UsageError(
                 f"texts cannot be written under {type(self.trainer.strategy).__name__}: set scored_samples to 0, and "
                 "predict on one device from a consolidated checkpoint"

@@ -1,9 +1,12 @@
 """The same training under every strategy: what two processes do is what one does."""
 
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -101,3 +104,46 @@ def test_sharded_on_the_command_line(strategy, tmp_path):
     assert "Trained to step 30" in run(
         "fit", "--config", "tiny.yaml", "--run", "b", "--ckpt_path", "whole.ckpt", "--trainer.max_steps=30"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [0, 1])
+def test_when_a_rank_dies_the_others_end_and_the_run_goes_on(dies, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG | {"checkpoint_every_n_steps": 10}))
+    (tmp_path / "text.txt").write_text("".join(f"{i * i % 97:03d}, {i:04d}; " for i in range(4000)))
+    words = [sys.executable, "-W", "ignore", Path(__file__).parents[1] / "cli.py", "fit", "--config", "tiny.yaml"]
+    words += ["--config", "strategy/ddp", "--trainer.devices", "2", "--run", "a"]
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    beats = [tmp_path / "runs" / "a" / name for name in ("heartbeat.json", "heartbeat-rank1.json")]
+    with subprocess.Popen(
+        [*words, "--trainer.max_steps", "100000"], cwd=tmp_path, env={**os.environ, **paths},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as run:  # fmt: skip
+        pids = [_after_step(beat, 20)["pid"] for beat in beats]
+        os.kill(pids[dies], signal.SIGKILL)
+        said = run.communicate(timeout=60)[0]
+    assert run.returncode != 0, said
+    _gone(pids[1 - dies])
+    done = subprocess.run(
+        [*words, "--ckpt_path", "last", "--trainer.max_steps", "150"], cwd=tmp_path, env={**os.environ, **paths},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert "Going on from step" in done.stdout + done.stderr
+
+
+def _after_step(beat, step):
+    for _ in range(600):
+        if beat.exists() and (found := json.loads(beat.read_text()))["step"] >= step:
+            return found
+        time.sleep(0.2)
+    raise AssertionError(f"{beat} never came to step {step}")
+
+
+def _gone(pid):
+    for _ in range(300):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"process {pid} is still there after a minute")

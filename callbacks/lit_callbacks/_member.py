@@ -18,7 +18,7 @@ class Member(Callback):
     recovery, 3 checkpoints."""
 
     serves_shards: ClassVar[bool] = False
-    """Whether it works where a rank holds a part only of each parameter, as under FSDP2."""
+    """Whether it works where a rank holds a part only of each parameter, as under FSDP."""
 
     _state_key: str | None = None
 

@@ -56,7 +56,7 @@ class GradientNormLogger(StepObserver):
 
     Raises:
         ValueError: If an argument is out of range; at fit start if a glob matches nothing; at setup under
-            FSDP1 and DeepSpeed.
+            DeepSpeed.
 
     State: the last 20 accepted norms of each group.
 

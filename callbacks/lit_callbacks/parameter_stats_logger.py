@@ -42,7 +42,7 @@ class ParameterStatsLogger(StepObserver, EvaluationHooks):
 
     Raises:
         ValueError: If ``every_n_steps`` is below 1; at fit start if a glob matches nothing; at setup under
-            FSDP1 and DeepSpeed.
+            DeepSpeed.
 
     State: none.
 

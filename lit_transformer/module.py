@@ -15,7 +15,7 @@ from lit_transformer.errors import UsageError
 from lit_transformer.nn import Transformer, TransformerConfig, check_ids
 from lit_transformer.objectives import Objective
 from lit_transformer.optim import ParamGroups, Schedule, WarmupCosine
-from lit_transformer.parallel import shards_weights, spread
+from lit_transformer.parallel import shards, spread
 from lit_transformer.task import LitTask
 from lit_transformer.warm_start import load_body
 
@@ -86,7 +86,7 @@ class LitTransformer(LitTask):
         warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer` in `LightningModule`")
         super().setup(stage)
         if stage == "fit" and self.compile_model:
-            self.model.compile(fullgraph=not shards_weights(self.trainer.strategy))
+            self.model.compile(fullgraph=not shards(self.trainer.strategy))
         if stage == "fit" and isinstance(self.trainer.strategy, DeepSpeedStrategy):
             self._start_from_weights()  # before the engine copies them
 

@@ -1,14 +1,16 @@
 """How a model is spread over devices, where the strategy leaves that to the module."""
 
-import math
-from functools import partial
-from typing import Any
-
-from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    Strategy,
+    StrategyRegistry,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from lit_transformer.errors import UsageError
 from lit_transformer.nn.stack import Block
@@ -36,11 +38,18 @@ class FSDP2(ModelParallelStrategy):
 StrategyRegistry.register("fsdp2", FSDP2, description="Parameters, gradients and optimizer states in parts")
 
 
+def shards(strategy: Strategy) -> bool:
+    """Whether a strategy leaves each rank a part of the model only."""
+    zero = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
+    return zero or isinstance(strategy, ModelParallelStrategy | FSDPStrategy)
+
+
 def spread(model: nn.Module, strategy: Strategy, mesh: DeviceMesh | None) -> None:
     """Shard a model's parameters, gradients and optimizer states over the data-parallel devices, block by block.
 
     That is FSDP2 (Zhao et al. 2023; ``torch.distributed.fsdp.fully_shard``): a block's parameters are whole only while
-    it computes. Nothing happens under other strategies, or the second time.
+    it computes. Lightning's ``FSDPStrategy`` (FSDP1) is told to wrap blocks, unless it has a policy already. Nothing
+    happens under other strategies, or the second time.
 
     Args:
         model: One of ours.
@@ -50,6 +59,8 @@ def spread(model: nn.Module, strategy: Strategy, mesh: DeviceMesh | None) -> Non
     Raises:
         UsageError: If the mesh has a tensor-parallel dimension.
     """
+    if isinstance(strategy, FSDPStrategy):
+        strategy.kwargs.setdefault("auto_wrap_policy", ModuleWrapPolicy({Block}))
     if not isinstance(strategy, ModelParallelStrategy) or isinstance(model, FSDPModule):
         return
     assert mesh is not None
@@ -64,48 +75,29 @@ def spread(model: nn.Module, strategy: Strategy, mesh: DeviceMesh | None) -> Non
     fully_shard(model, mesh=mesh["data_parallel"])
 
 
-def shards_weights(strategy: Strategy) -> bool:
-    """Whether no device has a whole model: all compute together, or none can."""
-    zero = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
-    return zero or isinstance(strategy, ModelParallelStrategy)
-
-
 def size_of(parameter: Tensor) -> int:
     """Elements of a parameter over all devices; ZeRO-3 leaves an empty one in its place."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def prepare(strategy: Strategy) -> None:
-    """Let DeepSpeed take any optimizer to the CPU, not only its own, which has to be compiled first.
-
-    To be called before the engine is made. A configuration that says otherwise stands.
-    """
-    if isinstance(strategy, DeepSpeedStrategy) and isinstance(strategy.config, dict):
-        strategy.config.setdefault("zero_force_ds_cpu_optimizer", False)
-
-
-def settle_accumulation(trainer: Trainer, total_steps: int) -> None:
-    """Let Lightning and DeepSpeed agree on accumulated gradients. Nothing to do under other strategies.
-
-    Lightning divides the loss by ``accumulate_grad_batches``, and DeepSpeed's engine once more (lightning 2.6):
-    gradients would be that much too small, and clipped by a bound that much too high. Here the engine does not.
+def whole_dims(model: nn.Module) -> dict[int, int]:
+    """The number of dimensions of each parameter by its ``id``, also where FSDP1 has left a flat piece of it.
 
     Args:
-        trainer: At the start of training.
-        total_steps: Optimizer steps of the run.
-
-    Raises:
-        UsageError: If an epoch ends in the middle of a window: the engine carries that over into the next one, while
-            Lightning begins to count anew, and from then on they step at different batches.
+        model: What the strategy has made of the module.
     """
-    if not isinstance(trainer.strategy, DeepSpeedStrategy):
-        return
-    window, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
-    if math.isfinite(batches) and batches % window and total_steps > batches // window:
-        raise UsageError(
-            f"an epoch has {batches} batches and an optimizer step takes {window}: DeepSpeed needs a whole number of "
-            f"steps in an epoch. Set trainer.limit_train_batches to {batches - batches % window}, or another "
-            "accumulate_grad_batches"
-        )
-    engine: Any = trainer.strategy.deepspeed_engine
-    engine.backward = partial(engine.backward, scale_wrt_gas=False)
+    dims = {id(parameter): parameter.ndim for parameter in model.parameters()}
+    for module in model.modules():
+        if isinstance(module, FullyShardedDataParallel) and module._handle is not None:
+            flat = module._handle.flat_param
+            assert flat._params is not None  # use_orig_params
+            dims |= {id(parameter): len(shape) for parameter, shape in zip(flat._params, flat._shapes, strict=True)}
+    return dims
+
+
+def clip_by_norm(model: nn.Module, max_norm: float) -> bool:
+    """Clip the gradient of the whole to a norm, if FSDP1 holds it in pieces: Lightning refuses that; whether it did."""
+    if not isinstance(model, FullyShardedDataParallel):
+        return False
+    model.clip_grad_norm_(max_norm)
+    return True

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning_utilities.core.rank_zero import rank_zero_info
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -19,7 +20,8 @@ from lit_transformer.optim import ParamGroups, Plateau, Schedule, WarmupConstant
 from lit_transformer.optim.schedule_free import AveragedWeights, go_on, is_schedule_free
 from lit_transformer.optim.spec import factory_spec, factory_target, instance_spec, load_factory
 from lit_transformer.optim.total_steps import total_steps
-from lit_transformer.parallel import prepare, settle_accumulation
+from lit_transformer.parallel import clip_by_norm, shards, whole_dims
+from lit_transformer.zero import prepare, settle_accumulation
 
 
 class LitRecipe(LightningModule):
@@ -114,14 +116,20 @@ class LitRecipe(LightningModule):
         """One optimizer; the schedule steps with it and is logged as ``lr/<group>``."""
         prepare(self.trainer.strategy)
         apart = bool(getattr(factory_target(self.optimizer_factory), "hidden_apart", False))
-        groups = self.param_groups.build(self, apart)
+        model = self.trainer.strategy.model or self
+        if apart and isinstance(model, FullyShardedDataParallel):
+            raise UsageError(
+                f"{factory_target(self.optimizer_factory).__name__} needs whole matrices, of which FSDP1 leaves flat "
+                "pieces: use strategy ddp or fsdp2"
+            )
+        groups = self.param_groups.build(self, apart, whole_dims(model))
         try:
             optimizer = self.optimizer_factory(groups)
         except ValueError as error:
             raise UsageError(f"{factory_target(self.optimizer_factory).__name__}: {error}") from None
         self._averaged = AveragedWeights(optimizer) if is_schedule_free(optimizer) else None
         strategy = self.trainer.strategy
-        if self._averaged is not None and isinstance(strategy, ModelParallelStrategy | DeepSpeedStrategy):
+        if self._averaged is not None and (shards(strategy) or isinstance(strategy, DeepSpeedStrategy)):
             raise UsageError(
                 f"{type(optimizer).__name__} keeps two sets of weights, which are not saved in parts yet: use another "
                 "optimizer, or strategy ddp"
@@ -144,6 +152,17 @@ class LitRecipe(LightningModule):
         scheduler = LambdaLR(optimizer, lambda step: self._multiplier(step, steps))
         self._groups = [_settings(optimizer, group) for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
+
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by norm under FSDP1 as well, where Lightning refuses to."""
+        value, algorithm = gradient_clip_val, gradient_clip_algorithm or "norm"
+        if not (value and algorithm == "norm" and clip_by_norm(self.trainer.strategy.model or self, value)):
+            super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def _multiplier(self, step: int, total_steps: int) -> float:
         scheduled = 1.0 if self.schedule is None else self.schedule.multiplier(step, total_steps)

@@ -1,16 +1,19 @@
 """Run by test_strategies.py in two processes, and imported by it: the same training under any strategy."""
 
+import itertools
 import json
 import os
-import re
 import sys
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from pytorch_optimizer import ScheduleFreeAdamW
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from cpu_deepspeed import CPUDeepSpeed
@@ -41,7 +44,7 @@ from lit_transformer import (
 )
 from lit_transformer.errors import UsageError
 
-STEPS = 30
+STEPS = 40
 CONFIG = TransformerConfig(
     vocab_size=256, max_length=16, d_model=16, n_layers=2, n_heads=2, bias=False,  # of a key: noise
     attention_dropout=0, ffn_dropout=0, residual_dropout=0, embedding_dropout=0,
@@ -49,7 +52,7 @@ CONFIG = TransformerConfig(
 
 
 class Losses(Callback):
-    """The mean loss of each step over its micro-batches and ranks; and the weights at the end."""
+    """The mean loss of each step over its micro-batches and ranks."""
 
     def __init__(self):
         self.found = {}
@@ -60,62 +63,88 @@ class Losses(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.found.setdefault(self.step, []).append(float(outputs["loss"]) / trainer.accumulate_grad_batches)
 
-    def on_train_end(self, trainer, pl_module):
-        named = pl_module.named_parameters()
-        self.weights = {name: whole(trainer, p).double().abs().sum().item() for name, p in named}
-
 
 class Task(LitCausalLM):
     """Training in which something happens: a loss that is not a number on one rank, a wild batch, damaged weights."""
 
-    trouble = None
+    trouble = ""
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
-        last = self.global_rank == self.trainer.world_size - 1
-        if (self.trouble, self.global_step) == ("nan", 12) and last and torch.is_grad_enabled():
+        step = batch_idx // self.trainer.accumulate_grad_batches  # also when it is run again
+        if "nan" in self.trouble and step == 12 and self.global_rank == self.trainer.world_size - 1:
             loss = loss * float("nan")
-        if (self.trouble, self.global_step) == ("wild", 20):
+        if "wild" in self.trouble and step == 26:
             loss = loss * 1e4
         return loss
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
-        if (self.trouble, self.global_step) == ("damage", 20):
-            self.trouble = None  # once: the data after a rollback is new
-            for part in parts(self.trainer, self):
-                part.data.mul_(8)
+        if "damage" in self.trouble and self.global_step == 30:
+            self.trouble = ""  # once: the data after a rollback is new
+            scale(self.trainer, self.model.final_norm.weight, -8)
 
 
-def parts(trainer, module):
-    """What a rank has of the weights, in all copies that training goes on from."""
-    parameters = list(module.parameters())
-    if isinstance(trainer.strategy, DeepSpeedStrategy):
-        zero = trainer.model.optimizer
-        if trainer.strategy.zero_stage_3:
-            zero._partition_all_parameters()  # what is gathered is a copy, too
-            return [p.ds_tensor for p in parameters] + zero.fp32_partitioned_groups_flat
-        return [p.data for p in parameters] + zero.single_partition_of_fp32_groups
-    return [p.data.to_local() if isinstance(p, DTensor) else p.data for p in parameters]
+def scale(trainer, parameter, factor):
+    """Multiply a parameter, in all copies that training goes on from."""
+    if not isinstance(trainer.strategy, DeepSpeedStrategy):
+        (parameter.data.to_local() if isinstance(parameter, DTensor) else parameter.data).mul_(factor)
+        return
+    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+    safe_set_full_fp32_param(parameter, factor * safe_get_full_fp32_param(parameter))
+    if trainer.strategy.zero_stage_3:
+        trainer.model.optimizer._partition_all_parameters()  # what is gathered is a copy, too
+        parameter.ds_tensor.mul_(factor)
+    else:
+        parameter.data.mul_(factor)
 
 
-def whole(trainer, parameter):
-    """All of a parameter, on every rank."""
-    if isinstance(trainer.strategy, DeepSpeedStrategy):
-        from deepspeed.utils import safe_get_full_fp32_param
+class CPUFSDP(FSDPStrategy):
+    """Lightning allows FSDP1 on GPUs alone, and torch asks for the device; on CPUs, it saves in parts only."""
 
-        return safe_get_full_fp32_param(parameter)
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    def __init__(self, state_dict_type="sharded"):
+        super().__init__(state_dict_type=state_dict_type)
+
+    def _setup_model(self, model):
+        init = FullyShardedDataParallel.__init__
+
+        def on_cpu(self, *arguments, **options):
+            init(self, *arguments, **options | {"device_id": torch.device("cpu")})
+
+        with mock.patch.object(FullyShardedDataParallel, "__init__", on_cpu):
+            return super()._setup_model(model)
 
 
-def strategy_of(name):
-    """``zero2_offload`` is ZeRO-2 with its optimizer on the CPU; other names are Lightning's."""
-    found = re.fullmatch(r"zero(\d)(_offload)?", name)
-    return CPUDeepSpeed(int(found[1]), bool(found[2])) if found else "auto" if name == "single" else name
+STRATEGIES = {"single": lambda: "auto", "ddp": lambda: "ddp", "fsdp2": lambda: "fsdp2", "fsdp": CPUFSDP}
+STRATEGIES |= {
+    "zero1": lambda: CPUDeepSpeed(1), "zero2": lambda: CPUDeepSpeed(2), "zero3": lambda: CPUDeepSpeed(3),
+    "zero2_offload": lambda: CPUDeepSpeed(2, offload=True), "zero3_offload": lambda: CPUDeepSpeed(3, offload=True),
+}  # fmt: skip
 
 
-def fit(
-    folder, text, strategy, *, accumulate=1, clip=None, precision="32-true", trouble=None, steps=STEPS, resume=None
-):
+def events(folder):
+    """What recovery did: step and event."""
+    lines = [json.loads(line) for path in folder.rglob("events.jsonl") for line in path.read_text().splitlines()]
+    return [[line["step"], line["event"]] for line in lines if line["event"] in ("skip", "rollback", "stop")]
+
+
+def weights(trainer, task):
+    """The sum of the absolute values of each parameter, all of it, on every rank."""
+    found = {}
+    for name, parameter in task.named_parameters():
+        total = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            total = safe_get_full_fp32_param(parameter)
+        total = total.detach().double().abs().sum()
+        if isinstance(trainer.strategy, FSDPStrategy):
+            torch.distributed.all_reduce(total)
+        found[name.replace("_fsdp_wrapped_module.", "")] = total.item()
+    return found
+
+
+def fit(folder, text, strategy, *, accumulate, clip, precision, trouble, steps=STEPS, resume=None):
     """Losses, logged metrics, events and weights of a run."""
     devices = 1 if strategy == "single" else 2
     torch.manual_seed(0)
@@ -126,7 +155,7 @@ def fit(
     losses, logger = Losses(), MemoryLogger()
     checkpoint = VerifiedCheckpoint(folder, "{step}", every_n_train_steps=10, save_top_k=-1)
     trainer = make_trainer(
-        strategy=strategy_of(strategy), devices=devices, max_steps=steps, max_epochs=-1,
+        strategy=STRATEGIES[strategy](), devices=devices, max_steps=steps, max_epochs=-1,
         accumulate_grad_batches=accumulate, gradient_clip_val=clip, precision=precision, limit_val_batches=0,
         logger=logger, enable_checkpointing=True, default_root_dir=folder,
         callbacks=[
@@ -144,27 +173,33 @@ def fit(
     return {
         "losses": {str(step): sum(values) for step, values in losses.found.items()},
         "logged": logged,
-        "weights": losses.weights,
+        "weights": weights(trainer, task),
         "position": data.position(),
+        "events": events(folder),
     }
 
 
-CASES = {
-    "plain": {},
-    "bf16": {"precision": "bf16-mixed"},
-    "accumulated_and_clipped": {"accumulate": 2, "clip": 0.5},
-    "nan": {"trouble": "nan"},
-    "wild": {"trouble": "wild"},
-    "damage": {"trouble": "damage"},
-}
+class Cell(NamedTuple):
+    """One kind of training. In each, a rank's loss is not a number once, a batch is wild, and weights are damaged."""
+
+    precision: str = "32-true"
+    accumulate: int = 2
+    clip: float | None = 0.5
+
+    def __str__(self):
+        return f"{self.precision}, {self.accumulate} batches a step, {'clipped' if self.clip else 'not clipped'}"
+
+    def folder(self, out):
+        return out / str(self).replace(", ", "_").replace(" ", "_")
+
+    def run(self, out, text, strategy, **options):
+        return fit(
+            self.folder(out), text, strategy, precision=self.precision, accumulate=self.accumulate, clip=self.clip,
+            trouble="nan wild damage", **options,
+        )  # fmt: skip
 
 
-COMBINATIONS = {
-    f"{precision}, {accumulate}, {clip}": {"precision": precision, "accumulate": accumulate, "clip": clip, "steps": 12}
-    for precision in ("32-true", "bf16-mixed")
-    for accumulate in (1, 2)
-    for clip in (None, 0.5)
-}
+GRID = [Cell(*values) for values in itertools.product(("32-true", "bf16-mixed"), (1, 2), (None, 0.5))]
 
 
 class WholeGradients(Callback):
@@ -192,25 +227,11 @@ def whole_gradients(folder, text, strategy):
     data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=4)
     compare = WholeGradients()
     trainer = make_trainer(
-        strategy=strategy_of(strategy), devices=2, max_steps=3, accumulate_grad_batches=2, limit_val_batches=0,
+        strategy=STRATEGIES[strategy](), devices=2, max_steps=3, accumulate_grad_batches=2, limit_val_batches=0,
         default_root_dir=folder, callbacks=[compare],
     )  # fmt: skip
     trainer.fit(LitCausalLM(CONFIG, schedule=None), data)
     return compare.differences
-
-
-def started_from(folder, text, strategy, checkpoint):
-    """The loss of the first step with the weights of a file, and of the second, which the optimizer's copy makes."""
-    torch.manual_seed(0)
-    data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=4)
-    task = LitCausalLM(CONFIG, partial(torch.optim.SGD, lr=0.0), schedule=None, init_from=checkpoint)
-    losses = Losses()
-    trainer = make_trainer(
-        strategy=strategy_of(strategy), devices=2, max_steps=2, limit_val_batches=0, default_root_dir=folder,
-        callbacks=[losses],
-    )  # fmt: skip
-    trainer.fit(task, data)
-    return [sum(values) for values in losses.found.values()]
 
 
 def refused_by_deepspeed(folder, text, strategy):
@@ -229,7 +250,7 @@ def refused_by_deepspeed(folder, text, strategy):
     for name, (task, callbacks, more) in runs.items():
         options = {"max_steps": 1, "limit_val_batches": 0, "default_root_dir": folder} | more
         try:
-            make_trainer(strategy=strategy_of(strategy), devices=2, callbacks=callbacks, **options).fit(task, data)
+            make_trainer(strategy=STRATEGIES[strategy](), devices=2, callbacks=callbacks, **options).fit(task, data)
         except (UsageError, SetupError) as error:
             found[name] = str(error)
     return found
@@ -260,19 +281,18 @@ def refused(folder, text):
     return found
 
 
-def main(out, strategy, text, what, checkpoint):
-    """Write what each case gives on this rank, and a resumed run."""
-    if what == "combinations":
-        found = {name: fit(out / name, text, strategy, **case) for name, case in COMBINATIONS.items()}
-    else:
-        found = {name: fit(out / name, text, strategy, **case) for name, case in CASES.items()}
-        found["resumed"] = fit(out / "resumed", text, strategy, resume=str(out / "plain" / "step=10.ckpt"))
+def main(out, strategy, text, *numbers):
+    """Write what some cells of the grid give on this rank, the first of them also resumed; and what is refused."""
+    cells = [GRID[int(number)] for number in numbers]
+    found = {str(cell): cell.run(out, text, strategy) for cell in cells}
+    checkpoint = cells[0].folder(out) / "step=20.ckpt"
+    found["resumed"] = cells[0].run(out / "resumed", text, strategy, resume=str(checkpoint), steps=30)
     if strategy == "fsdp2":
         found["refused"] = refused(out / "refused", text)
-    if strategy.startswith("zero") and what == "cases":
-        found["whole_gradients"] = whole_gradients(out / "whole_gradients", text, strategy)
-        found["started_from"] = started_from(out / "started_from", text, strategy, checkpoint)
+    if strategy == "zero2":
         found["refused"] = refused_by_deepspeed(out / "refused", text, strategy)
+    if strategy in ("zero2", "zero3"):
+        found["whole_gradients"] = whole_gradients(out / "whole_gradients", text, strategy)
     (out / f"{strategy}_{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 

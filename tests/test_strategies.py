@@ -1,10 +1,13 @@
 """The same training under every strategy: what two processes do is what one does."""
 
-import importlib.util
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,11 +15,8 @@ import yaml
 
 from helpers import two_ranks
 from lit_transformer.cli import main
-from strategy_worker import CASES, COMBINATIONS, fit
+from strategy_worker import GRID, Cell
 from tiny_config import CONFIG
-
-slow = pytest.mark.slow
-ZERO = ("zero1", "zero3", "zero2_offload", "zero3_offload")
 
 
 @pytest.fixture(scope="module")
@@ -28,54 +28,55 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def single(text, tmp_path_factory):
+    """What one process gives for a cell."""
     folder = tmp_path_factory.mktemp("single")
-    found = {name: fit(folder / name, text, "single", **case) for name, case in CASES.items()}
-    return found, folder / "plain" / "step=30.ckpt"
+
+    @cache
+    def run(number):
+        found = GRID[number].run(folder, text, "single")
+        assert found["events"] == [[12, "skip"], [26, "skip"], [30, "skip"], [31, "skip"], [32, "rollback"]]
+        return found
+
+    return run
 
 
-def launch(strategy, text, out, what="cases", checkpoint=""):
-    if strategy.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed")
-    return two_ranks(
-        Path(__file__).with_name("strategy_worker.py"), out, strategy, strategy, text, what, str(checkpoint)
+def compare(strategy, numbers, single, text, tmp_path):
+    """Two ranks against one process; what the first rank found."""
+    if strategy.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="pip install 'lit-transformer[deepspeed]'")
+    numbers = [str(number) for number in numbers]
+    first, second = two_ranks(
+        Path(__file__).with_name("strategy_worker.py"), tmp_path, strategy, strategy, text, *numbers
     )
+    for cell, alone in {str(GRID[int(number)]): single(int(number)) for number in numbers}.items():
+        together = first[cell]
+        losses = {step: (loss + second[cell]["losses"][step]) / 2 for step, loss in together["losses"].items()}
+        rounding = 1e-2 if "bf16" in cell else 1e-5
+        assert losses == pytest.approx(alone["losses"], rel=rounding, nan_ok=True), cell
+        assert together["weights"] == pytest.approx(alone["weights"], rel=rounding), cell
+        assert second[cell]["weights"] == together["weights"]
+        assert together["position"] == alone["position"]
+        assert together["events"] == alone["events"], cell
+        assert together["logged"].keys() == alone["logged"].keys()
+        for step, metrics in alone["logged"].items():
+            found = together["logged"][step]
+            assert found.keys() == metrics.keys(), (cell, step)
+            if "bf16" in cell:
+                continue
+            assert found == pytest.approx(metrics, rel=1e-3, abs=1e-6, nan_ok=True), (cell, step)
+            for key in [key for key in metrics if key.startswith("grad_norm/") or key == "param_norm/total"]:
+                assert found[key] == pytest.approx(metrics[key], rel=1e-5, nan_ok=True), (cell, step, key)
+    whole = first[str(GRID[int(numbers[0])])]["losses"]
+    assert first["resumed"]["losses"] == {step: loss for step, loss in whole.items() if 20 <= int(step) < 30}
+    return first
 
 
-def assert_same(name, ranks, alone, rounding):
-    """Two processes have done what one does."""
-    first, second = (rank[name] for rank in ranks)
-    losses = {step: (loss + second["losses"][step]) / 2 for step, loss in first["losses"].items()}
-    assert losses == pytest.approx(alone["losses"], rel=rounding, nan_ok=True), name
-    assert first["weights"] == pytest.approx(alone["weights"], rel=rounding), name
-    assert second["weights"] == first["weights"]
-    assert first["position"] == alone["position"]
-    assert first["logged"].keys() == alone["logged"].keys()
-    for step, metrics in alone["logged"].items():
-        found = first["logged"][step]
-        assert found.keys() == metrics.keys(), (name, step)
-        if rounding > 1e-5:
-            continue
-        assert found == pytest.approx(metrics, rel=1e-3, abs=1e-6, nan_ok=True), (name, step)
-        exact = {k: v for k, v in metrics.items() if k.startswith("grad_norm/") or k == "param_norm/total"}
-        for key, value in exact.items():
-            assert found[key] == pytest.approx(value, rel=1e-5, nan_ok=True), (name, step, key)
+PLAIN = GRID.index(Cell("32-true", 2, 0.5))
 
 
-@pytest.mark.parametrize(
-    "strategy", ["ddp", "fsdp2", "zero2", *(pytest.param(z, marks=pytest.mark.slow) for z in ZERO)]
-)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp", "zero2"])
 def test_two_ranks_do_what_one_process_does(strategy, single, text, tmp_path):
-    alone, checkpoint = single
-    ranks = launch(strategy, text, tmp_path, checkpoint=checkpoint)
-    done = {name: {k: v for step in alone[name]["logged"].values() for k, v in step.items()} for name in alone}
-    assert [done[name]["loss_spike/skipped_steps"] for name in ("plain", "nan", "wild")] == [0, 1, 1]
-    assert done["damage"]["loss_spike/rollbacks"] == 1
-    for name, case in alone.items():
-        assert_same(name, ranks, case, 1e-2 if name == "bf16" else 1e-5)
-    first, second = ranks
-    resumed, plain = first["resumed"], first["plain"]
-    assert resumed["losses"] == {step: loss for step, loss in plain["losses"].items() if int(step) >= 10}
-    assert resumed["weights"] == plain["weights"]
+    first = compare(strategy, [PLAIN], single, text, tmp_path)
     if strategy == "fsdp2":
         refused = first["refused"]
         assert "texts cannot be written under FSDP2: set scored_samples to 0" in refused["texts"]
@@ -83,29 +84,14 @@ def test_two_ranks_do_what_one_process_does(strategy, single, text, tmp_path):
         assert "FSDP2 is for models of ours as yet" in refused["hugging_face"]
         assert "NonFiniteAutopsy serves a single device and DDP, but not yet FSDP2" in refused["autopsy"]
         assert "histograms=True) needs whole parameters" in refused["histograms"]
-    if strategy.startswith("zero"):
-        assert len(first["whole_gradients"]) == 3
+    if strategy == "zero2":
         assert max(first["whole_gradients"]) < 1e-6
-        # The data is that of the first steps, which cost 5.5 before training.
-        mean = [(a + b) / 2 for a, b in zip(first["started_from"], second["started_from"], strict=True)]
-        assert len(mean) == 2
-        assert max(mean) < min(alone["plain"]["losses"].values()) + 0.3
         refused = first["refused"]
         assert "NonFiniteAutopsy serves a single device and DDP, but not yet CPUDeepSpeed" in refused["autopsy"]
-        assert "AdaptiveGradientClipping serves a single device, DDP and FSDP2, but not" in refused["clipping"]
+        assert "AdaptiveGradientClipping serves a single device, DDP and FSDP, but not" in refused["clipping"]
         assert "histograms=True) needs whole parameters" in refused["histograms"]
         assert "keeps two sets of weights, which are not saved in parts yet" in refused["schedule_free"]
         assert "an epoch has 3 batches and an optimizer step takes 2" in refused["window"]
-
-
-@pytest.mark.slow
-def test_every_combination_under_deepspeed(text, tmp_path):
-    """Precision, accumulation and clipping."""
-    alone = {name: fit(tmp_path / name, text, "single", **case) for name, case in COMBINATIONS.items()}
-    for strategy in ("zero2", *ZERO):
-        ranks = launch(strategy, text, tmp_path, "combinations")
-        for name, case in alone.items():
-            assert_same(name, ranks, case, 1e-2 if name.startswith("bf16") else 1e-5)
 
 
 def test_without_deepspeed_a_run_says_what_to_install(monkeypatch, capsys):
@@ -116,12 +102,33 @@ def test_without_deepspeed_a_run_says_what_to_install(monkeypatch, capsys):
     assert "you must have DeepSpeed installed" in capsys.readouterr().err
 
 
+# Any two of strategy, precision, accumulation and clipping meet in some cell.
+PAIRS = {
+    strategy: [Cell("32-true", 1, clips[0]), Cell("bf16-mixed", 2, clips[1]), Cell("bf16-mixed", 1, clips[0])]
+    for strategy, clips in {"ddp": (None, 0.5), "fsdp2": (0.5, None), "fsdp": (None, 0.5), "zero2": (0.5, None)}.items()
+} | {
+    "zero1": [GRID[PLAIN], Cell("bf16-mixed", 1, None)],
+    "zero3": [GRID[PLAIN], Cell("32-true", 1, None), Cell("bf16-mixed", 2, None)],
+    "zero2_offload": [GRID[PLAIN], Cell("bf16-mixed", 2, None)],
+    "zero3_offload": [GRID[PLAIN], Cell("32-true", 1, None), Cell("bf16-mixed", 1, 0.5)],
+}
+
+
 @pytest.mark.slow
-def test_sharded_on_the_command_line(tmp_path):
+@pytest.mark.parametrize("strategy", PAIRS)
+def test_the_grid_pair_by_pair(strategy, single, text, tmp_path):
+    compare(strategy, map(GRID.index, PAIRS[strategy]), single, text, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "strategy", [["strategy/fsdp2"], ["strategy/fsdp", "--trainer.strategy.class_path=strategy_worker.CPUFSDP"]]
+)
+def test_sharded_on_the_command_line(strategy, tmp_path):
     """Fit, go on, make one file of the parts, and go on from that on one device."""
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG | {"checkpoint_every_n_steps": 10}))
     (tmp_path / "text.txt").write_text("".join(f"{i * i % 97:03d}, {i:04d}; " for i in range(4000)))
-    sharded = ["--config", "tiny.yaml", "--config", "strategy/fsdp2", "--trainer.devices", "2"]
+    sharded = ["--config", "tiny.yaml", "--config", *strategy, "--trainer.devices", "2"]
 
     def run(*words):
         command = [sys.executable, "-W", "ignore", Path(__file__).parents[1] / "cli.py", *words]
@@ -152,3 +159,46 @@ def test_sharded_on_the_command_line(tmp_path):
     assert "Trained to step 30" in run(
         "fit", "--config", "tiny.yaml", "--run", "b", "--ckpt_path", "whole.ckpt", "--trainer.max_steps=30"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [0, 1])
+def test_when_a_rank_dies_the_others_end_and_the_run_goes_on(dies, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG | {"checkpoint_every_n_steps": 10}))
+    (tmp_path / "text.txt").write_text("".join(f"{i * i % 97:03d}, {i:04d}; " for i in range(4000)))
+    words = [sys.executable, "-W", "ignore", Path(__file__).parents[1] / "cli.py", "fit", "--config", "tiny.yaml"]
+    words += ["--config", "strategy/ddp", "--trainer.devices", "2", "--run", "a"]
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    beats = [tmp_path / "runs" / "a" / name for name in ("heartbeat.json", "heartbeat-rank1.json")]
+    with subprocess.Popen(
+        [*words, "--trainer.max_steps", "100000"], cwd=tmp_path, env={**os.environ, **paths},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as run:  # fmt: skip
+        pids = [_after_step(beat, 20)["pid"] for beat in beats]
+        os.kill(pids[dies], signal.SIGKILL)
+        said = run.communicate(timeout=60)[0]
+    assert run.returncode != 0, said
+    _gone(pids[1 - dies])
+    done = subprocess.run(
+        [*words, "--ckpt_path", "last", "--trainer.max_steps", "150"], cwd=tmp_path, env={**os.environ, **paths},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert "Going on from step" in done.stdout + done.stderr
+
+
+def _after_step(beat, step):
+    for _ in range(600):
+        if beat.exists() and (found := json.loads(beat.read_text()))["step"] >= step:
+            return found
+        time.sleep(0.2)
+    raise AssertionError(f"{beat} never came to step {step}")
+
+
+def _gone(pid):
+    for _ in range(300):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"process {pid} is still there after a minute")

@@ -5,6 +5,7 @@ on, in one collective and one read by the host for all of them.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -15,7 +16,8 @@ from torch.optim import Optimizer
 
 from lit_callbacks import _deepspeed
 from lit_callbacks._ranks import rows_of_ranks
-from lit_callbacks._shards import share_norms
+from lit_callbacks._shards import gradient, share_norms
+from lit_callbacks.functional import tensor_norms
 
 
 class Gradients(NamedTuple):
@@ -108,31 +110,38 @@ def _read(ranks: list[list[float]]) -> Reading:
 
 def _gradients(trainer: Trainer, optimizer: Optimizer) -> Gradients:
     scale = amp_scale(trainer)
-    with_gradient, gradients, ranks = own_gradients(trainer, optimizer)
-    norms = share_norms(gradients, ranks)
+    with_gradient, gradients = own_gradients(trainer, optimizer)
+    norms = own_norms(trainer, gradients, with_gradient)
     # Fused optimizers unscale inside step(), so until then their gradients are multiplied.
     if scale is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
         norms = norms / scale
     return Gradients(with_gradient, norms, torch.linalg.vector_norm(norms))
 
 
-def own_gradients(trainer: Trainer, optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor], int]:
-    """The module's parameters that have a gradient, what this rank has of these gradients, and over how many ranks.
-
-    The number is for :func:`~lit_callbacks._shards.share_norms`; the gradients are accumulated, and not yet clipped.
-    """
+def own_gradients(trainer: Trainer, optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
+    """The module's parameters that have a gradient, and what this rank has of it: accumulated, and not yet clipped."""
     if (engine := _deepspeed.engine_of(trainer)) is not None:
-        return [*_deepspeed.trained(engine)], _deepspeed.gradient_parts(engine), trainer.world_size
-    found = [(p, p.grad) for p in parameters(optimizer) if p.grad is not None]
-    return [p for p, _ in found], [gradient for _, gradient in found], 1
+        return [*_deepspeed.trained(engine)], _deepspeed.gradient_parts(engine)
+    found = [(p, g) for p in parameters(optimizer) if (g := gradient(p)) is not None]
+    return [p for p, _ in found], [g for _, g in found]
 
 
-def own_weights(trainer: Trainer, optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor], int]:
-    """The module's parameters that are trained, what this rank has of them, and over how many ranks, as above."""
+def own_weights(trainer: Trainer, optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
+    """The module's parameters that are trained, and what this rank has of them, in the same memory."""
     if (engine := _deepspeed.engine_of(trainer)) is not None:
-        return [*_deepspeed.trained(engine)], _deepspeed.weight_parts(engine), trainer.world_size
+        return [*_deepspeed.trained(engine)], _deepspeed.weight_parts(engine)
     trained = [parameter for parameter in parameters(optimizer) if parameter.requires_grad]
-    return trained, [parameter.detach() for parameter in trained], 1
+    return trained, [parameter.detach() for parameter in trained]
+
+
+def own_norms(trainer: Trainer, tensors: Sequence[Tensor], of: Sequence[Tensor]) -> Tensor:
+    """This rank's share in the norms of what it has of some parameters, or of their gradients.
+
+    See :func:`~lit_callbacks._shards.share_norms`.
+    """
+    if _deepspeed.engine_of(trainer) is not None:
+        return tensor_norms(tensors) * math.sqrt(trainer.world_size)
+    return share_norms(tensors, of=of)
 
 
 def parameters(optimizer: Optimizer) -> list[Tensor]:

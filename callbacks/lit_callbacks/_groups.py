@@ -8,7 +8,6 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from lit_callbacks._deepspeed import numel, shape
 from lit_callbacks._errors import SetupError
 from lit_callbacks._names import clean_name, metric_key
 
@@ -27,6 +26,7 @@ class ParameterGroups:
         module: The module; shared parameters count once, under their first name.
         by: Each ``"layers"`` (index of the block), ``"kinds"`` (see :func:`kind_of`), ``"parameters"`` (each by
             itself), or a glob over parameter names without wrapper prefixes.
+        shapes: Shapes of parameters by ``id``, where the module has pieces of them only.
 
     Raises:
         ValueError: If a glob matches nothing, or two groups get the same name.
@@ -37,7 +37,7 @@ class ParameterGroups:
         ['layer_0', 'layer_1', '__bias']
     """
 
-    def __init__(self, module: nn.Module, by: Sequence[str]) -> None:
+    def __init__(self, module: nn.Module, by: Sequence[str], shapes: Mapping[int, torch.Size] | None = None) -> None:
         owners = {
             f"{name}.{parameter}" if name else parameter: owner
             for name, owner in module.named_modules()
@@ -48,7 +48,7 @@ class ParameterGroups:
         self._index = {id(parameter): i for i, (_, parameter) in enumerate(named)}
         groups: dict[str, list[int]] = {}
         for rule in dict.fromkeys(by):
-            labels = _labels(rule, self.parameters, [(owners[name], p) for name, p in named])
+            labels = _labels(rule, self.parameters, [owners[name] for name, _ in named], shapes or {})
             for label, members in labels.items():
                 if label in groups:
                     raise SetupError(f"groups must have different names, got two called {label!r} from {list(by)}")
@@ -56,7 +56,6 @@ class ParameterGroups:
         self.names, self.members = list(groups), groups
         self._member = torch.tensor([i for members in groups.values() for i in members], dtype=torch.long)
         self._group = torch.tensor([g for g, members in enumerate(groups.values()) for _ in members], dtype=torch.long)
-        self.sizes = self.sums(torch.tensor([float(numel(p)) for _, p in named]))
 
     def place(self, parameters: Sequence[Tensor], values: Tensor) -> Tensor:
         """One value for each parameter of the module, 0 for those not given. Parameters of others are left out."""
@@ -78,14 +77,18 @@ class ParameterGroups:
         return values.new_zeros(len(self.names)).index_add_(0, group, values[members])
 
 
-def _labels(rule: str, names: list[str], owners: list[tuple[nn.Module, Tensor]]) -> dict[str, list[int]]:
+def _labels(
+    rule: str, names: list[str], owners: list[nn.Module], shapes: Mapping[int, torch.Size]
+) -> dict[str, list[int]]:
     labels: dict[str, list[int]] = defaultdict(list)
     if rule == "parameters":
         return {metric_key(name): [i] for i, name in enumerate(names)}
     if rule == "layers":
         labels.update(layers_of(names))
     elif rule == "kinds":
-        kinds = [kind_of(name, owner, parameter) for name, (owner, parameter) in zip(names, owners, strict=True)]
+        weights = [getattr(owner, "weight", None) for owner in owners]
+        whole = [shapes.get(id(w), w.shape) if isinstance(w, Tensor) else None for w in weights]
+        kinds = list(map(kind_of, names, owners, whole))
         for kind in KINDS:
             if kind in kinds:
                 labels[kind] = [i for i, k in enumerate(kinds) if k == kind]
@@ -118,13 +121,18 @@ def layers_of(names: Sequence[str]) -> Mapping[str, list[int]]:
     return {f"{'layer' if one_place else metric_key(place)}_{i}": members for (place, i), members in blocks.items()}
 
 
-def kind_of(name: str, owner: nn.Module, parameter: Tensor) -> str:
+def kind_of(name: str, owner: nn.Module, weight: torch.Size | None) -> str:
     """What a parameter does, one of :data:`KINDS`, told by names and shapes: no library marks it.
 
+    Args:
+        name: Its name.
+        owner: The module that has it.
+        weight: The shape of that module's weight, if it has one.
+
     Example:
-        >>> kind_of("h.0.attn.c_proj.weight", nn.Linear(4, 4), torch.zeros(4, 4))
+        >>> kind_of("h.0.attn.c_proj.weight", nn.Linear(4, 4), torch.Size([4, 4]))
         'attention_out'
-        >>> kind_of("h.0.mlp.0.weight", nn.Linear(4, 16), torch.zeros(16, 4))
+        >>> kind_of("h.0.mlp.0.weight", nn.Linear(4, 16), torch.Size([16, 4]))
         'feed_forward_in'
     """
     if "norm" in type(owner).__name__.lower() or re.search(r"(norm|\bln_?\w*)\.(weight|bias)$", name):
@@ -140,10 +148,9 @@ def kind_of(name: str, owner: nn.Module, parameter: Tensor) -> str:
     out = _OUT.search(inside) is not None
     if _ATTENTION.search(inside):
         return "attention_out" if out else "attention_in"
-    weight = getattr(owner, "weight", None)
-    if not isinstance(weight, Tensor) or len(shape(weight)) != 2:
+    if weight is None or len(weight) != 2:
         return "other"
-    narrows = shape(weight)[0] < shape(weight)[1]
+    narrows = weight[0] < weight[1]
     if type(owner).__name__ == "Conv1D":  # Hugging Face's, stored the other way round
         narrows = not narrows
     return "feed_forward_out" if out or narrows else "feed_forward_in"

@@ -19,7 +19,7 @@ class Member(Callback):
     recovery, 3 checkpoints."""
 
     serves_shards: ClassVar[bool] = False
-    """Whether it works where a rank holds a part only of each parameter, as under FSDP2."""
+    """Whether it works where a rank holds a part only of each parameter, as under FSDP."""
 
     serves_zero: ClassVar[bool] = False
     """Whether it works under DeepSpeed, which keeps gradients to itself, and clips and steps in its engine."""
@@ -100,17 +100,37 @@ def refuse_unknown_engine(callback: Member, trainer: Trainer) -> None:
 def _refuse_sharded(callback: Member, trainer: Trainer) -> None:
     # By name: `lightning` and `pytorch_lightning` each have their own classes. DeepSpeedStrategy is a DDPStrategy.
     names = _strategy_names(trainer)
-    served = ["a single device", "DDP"] + (["FSDP2"] if callback.serves_shards else [])
+    served = ["a single device", "DDP"] + (["FSDP"] if callback.serves_shards else [])
     served += ["DeepSpeed"] if callback.serves_zero else []
-    known = {"DeepSpeed": "DeepSpeedStrategy"} if "DeepSpeedStrategy" in names else _STRATEGIES
-    if names.isdisjoint(name for what, name in known.items() if what in served):
+    if "DeepSpeedStrategy" in names:
+        is_served = callback.serves_zero
+    else:
+        is_served = any(not names.isdisjoint(_STRATEGIES[what]) for what in served)
+    if not is_served:
         raise SetupError(
             f"{type(callback).__name__} serves {', '.join(served[:-1])} and {served[-1]}, but not yet "
             f"{type(trainer.strategy).__name__}. Use another strategy, or leave the callback out."
         )
+    if "FSDPStrategy" in names:
+        sharding = trainer.strategy.sharding_strategy.name  # type: ignore[attr-defined]
+        if not trainer.strategy.kwargs.get("use_orig_params"):  # type: ignore[attr-defined]
+            raise SetupError(
+                f"{type(callback).__name__} needs parameters that it can tell apart. Set use_orig_params=True for "
+                "FSDPStrategy, which is Lightning's default, or leave the callback out."
+            )
+        if sharding not in ("FULL_SHARD", "SHARD_GRAD_OP"):
+            raise SetupError(
+                f"{type(callback).__name__} serves the sharding strategies FULL_SHARD and SHARD_GRAD_OP of "
+                f"FSDPStrategy, not {sharding}. Use one of them, or leave the callback out."
+            )
 
 
-_STRATEGIES = {"a single device": "SingleDeviceStrategy", "DDP": "DDPStrategy", "FSDP2": "ModelParallelStrategy"}
+_STRATEGIES: dict[str, set[str]] = {
+    "a single device": {"SingleDeviceStrategy"},
+    "DDP": {"DDPStrategy"},
+    "FSDP": {"ModelParallelStrategy", "FSDPStrategy"},
+    "DeepSpeed": set(),  # a DDPStrategy to Python
+}
 
 
 def _strategy_names(trainer: Trainer) -> set[str]:

@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
@@ -12,10 +12,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lit_callbacks._deepspeed import engine_of
 from lit_callbacks._forward_state import ForwardState
 from lit_callbacks._rng import set_rng_state
+from lit_callbacks._shards import flat_parameters, settle
 from lit_callbacks._window import MicroBatch
 
 of_an_earlier_step: ContextVar[bool] = ContextVar("of_an_earlier_step", default=False)
@@ -39,7 +41,8 @@ def without_trace(trainer: Trainer, pl_module: LightningModule) -> Iterator[None
     """
     with ExitStack() as undo:
         undo.callback(ForwardState(pl_module, trainer.strategy.root_device).restore)
-        undo.enter_context(_gradients_put_aside(pl_module))
+        undo.enter_context(_gradients_put_aside([*pl_module.parameters(), *flat_parameters(trainer)]))
+        undo.callback(settle, trainer.strategy.model or pl_module)
         undo.enter_context(_silence(trainer, pl_module))
         if engine_of(trainer) is None:  # which has a `no_sync` that ZeRO refuses, and which waits for its own backward
             undo.enter_context(getattr(trainer.strategy.model, "no_sync", nullcontext)())
@@ -54,7 +57,7 @@ def training_loss(trainer: Trainer, pl_module: LightningModule, micro_batch: Mic
 
     Only to be called inside :func:`without_trace`. As the module returned it: neither divided by the accumulation nor
     scaled; with the random numbers of the first time; with a graph, unless gradients are off. The module itself is
-    called, not DDP.
+    called, not DDP; but FSDP1 is.
 
     Args:
         trainer: The trainer.
@@ -72,8 +75,12 @@ def training_loss(trainer: Trainer, pl_module: LightningModule, micro_batch: Mic
     if micro_batch.generators is not None:
         set_rng_state(micro_batch.generators, trainer.strategy.root_device)
     with_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
-    with trainer.precision_plugin.train_step_context():
-        output = step(batch, micro_batch.batch_idx) if with_index else step(batch)
+    arguments = (batch, micro_batch.batch_idx) if with_index else (batch,)
+    if isinstance(trainer.strategy.model, FullyShardedDataParallel):  # which puts the pieces together
+        output = trainer.strategy.training_step(*arguments)
+    else:
+        with trainer.precision_plugin.train_step_context():
+            output = step(*arguments)
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
         raise RuntimeError(f"training_step returned no loss but {type(output).__name__} when it was run again")
@@ -81,8 +88,8 @@ def training_loss(trainer: Trainer, pl_module: LightningModule, micro_batch: Mic
 
 
 @contextmanager
-def _gradients_put_aside(pl_module: LightningModule) -> Iterator[None]:
-    gradients = [(parameter, parameter.grad) for parameter in pl_module.parameters()]
+def _gradients_put_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
+    gradients = [(parameter, parameter.grad) for parameter in parameters]
     for parameter, _ in gradients:
         parameter.grad = None
     try:

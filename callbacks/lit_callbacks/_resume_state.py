@@ -12,6 +12,7 @@ from torchmetrics import Metric
 from lit_callbacks._forward_state import set_values, values_of
 from lit_callbacks._loader_position import loader_generators
 from lit_callbacks._rng import plain_rng, rng_state, rng_state_of, set_rng_state
+from lit_callbacks._shards import whole_shapes
 from lit_callbacks.protocols import HasFingerprint
 
 
@@ -115,7 +116,8 @@ def epoch_means(saved: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 def fingerprint(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
     """What must be the same when a run goes on: the model's shape, the batches, and what the data says of itself."""
-    shapes = [(name, tuple(parameter.shape)) for name, parameter in module.named_parameters()]
+    whole = whole_shapes(trainer, module)
+    shapes = [(name.replace("_fsdp_wrapped_module.", ""), tuple(whole[id(p)])) for name, p in module.named_parameters()]
     data: object = trainer.datamodule  # type: ignore[attr-defined]
     return {
         "world_size": trainer.world_size,

@@ -5,9 +5,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from lightning.pytorch import Trainer
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp._flat_param import FlatParameter
+from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.tensor import DTensor
 
 from lit_callbacks import _deepspeed
@@ -21,14 +23,26 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def settle(module: nn.Module) -> None:
-    """Let FSDP2 give up the parameters that it keeps whole after a forward pass without a backward one.
+def settle(model: nn.Module) -> None:
+    """Let FSDP give up the parameters that it keeps whole after a forward pass without a backward one.
 
-    Between steps the module then has the sharded ones, which the optimizer has.
+    Between steps the model then has the sharded ones, which the optimizer has.
+
+    Args:
+        model: What the strategy has made of the module.
     """
-    for part in module.modules():
+    for part in model.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
+        elif isinstance(part, FullyShardedDataParallel) and part._handle is not None and part._is_root is not None:
+            _reshard(part, part._handle, True)  # there has been a forward pass
+
+
+def flat_parameters(trainer: Trainer) -> list[FlatParameter]:
+    """What FSDP1 makes of the parameters of a unit, one for each: the module's own are views of it."""
+    model = trainer.strategy.model
+    units = [] if model is None else FullyShardedDataParallel.fsdp_modules(model)
+    return [unit._handle.flat_param for unit in units if unit._handle is not None]
 
 
 @contextmanager
@@ -46,6 +60,22 @@ def optimizers_as_they_are(trainer: Trainer) -> Iterator[None]:
             optimizer.state.clear()
 
 
+def whole_shapes(trainer: Trainer, module: LightningModule) -> dict[int, torch.Size]:
+    """The shape of each parameter as a whole, by its ``id``; of FSDP1's and ZeRO-3's, each rank has a flat piece."""
+    shapes = {id(parameter): _deepspeed.shape(parameter) for parameter in module.parameters()}
+    for flat in flat_parameters(trainer):
+        assert flat._params is not None  # use_orig_params
+        shapes |= {id(parameter): shape for parameter, shape in zip(flat._params, flat._shapes, strict=True)}
+    return shapes
+
+
+def gradient(parameter: Tensor) -> Tensor | None:
+    """A parameter's gradient. Where FSDP1 has left this rank no piece of it, an empty one, as on no other rank None."""
+    if parameter.grad is None and _is_piece(parameter) and parameter.requires_grad and not parameter.numel():
+        return parameter.detach()
+    return parameter.grad
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether some rank holds a part only of some parameter."""
     return any(_parts(parameter) > 1 for parameter in module.parameters())
@@ -60,23 +90,23 @@ def as_part_of(part: Tensor, like: Tensor) -> Tensor:
     )
 
 
-def share_norms(tensors: Sequence[Tensor], ranks: int = 1) -> Tensor:
+def share_norms(tensors: Sequence[Tensor], of: Sequence[Tensor] | None = None) -> Tensor:
     """This rank's share in the L2 norm of each tensor: the root mean square over ranks is the norm of the whole.
 
     Of a tensor that every rank has, that is its norm. A part of one in ``n`` counts ``n``-fold, so that what adds up
     squares over ranks, and divides by their number, need not know which is which.
 
     Args:
-        tensors: Whole or sharded ones.
-        ranks: How many ranks have a part, where those that look whole are parts, as ZeRO's are.
+        tensors: The tensors.
+        of: The parameters that they belong to, as gradients do; by default they are parameters.
 
     Returns:
         As :func:`~lit_callbacks.functional.tensor_norms`, of this rank alone: there is no communication.
     """
-    parts = [ranks * _parts(tensor) for tensor in tensors]
-    if all(part == 1 for part in parts):
-        return tensor_norms(tensors)
+    parts = [_parts(tensor) for tensor in (tensors if of is None else of)]
     norms = tensor_norms([local(tensor) for tensor in tensors])
+    if all(count == 1 for count in parts):
+        return norms
     return norms * torch.tensor(parts, dtype=norms.dtype, device=norms.device).sqrt()
 
 
@@ -85,9 +115,14 @@ def _parts(tensor: Tensor) -> int:
     if _deepspeed.is_cut(tensor):
         return _deepspeed.ranks_of(tensor)
     if not isinstance(tensor, DTensor):
-        return 1
+        return distributed.get_world_size() if _is_piece(tensor) else 1
     return math.prod(
         size
         for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True)
         if placement.is_shard()
     )
+
+
+def _is_piece(tensor: Tensor) -> bool:
+    """Whether it is a parameter that FSDP1 has flattened."""
+    return getattr(tensor, "_fsdp_flattened", False)

@@ -12,6 +12,7 @@ from lit_callbacks._groups import ParameterGroups
 from lit_callbacks._member import refuse_unknown_engine
 from lit_callbacks._observer import Observer
 from lit_callbacks._ranks import Measurement
+from lit_callbacks._shards import whole_shapes
 from lit_callbacks._step import after_step
 
 
@@ -61,11 +62,11 @@ class StepObserver(Observer):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sort the parameters into groups; a glob that matches nothing is refused here."""
         refuse_unknown_engine(self, trainer)
-        self._group(pl_module)
+        self._group(trainer, pl_module)
 
-    def _group(self, pl_module: LightningModule) -> ParameterGroups:
+    def _group(self, trainer: Trainer, pl_module: LightningModule) -> ParameterGroups:
         by = ["layers", "kinds"] if self.groups is None else self.groups
-        self.parameter_groups = ParameterGroups(pl_module, by)
+        self.parameter_groups = ParameterGroups(pl_module, by, whole_shapes(trainer, pl_module))
         return self.parameter_groups
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

@@ -124,7 +124,7 @@ def _data(trainer: Trainer) -> HasSampleIds | None:
 
 def _first_non_finite(trainer: Trainer, module: LightningModule) -> tuple[int, str] | None:
     """Place and name of the first parameter whose gradient is not finite in this rank's part."""
-    with_gradient, gradients, _ = own_gradients(trainer, trainer.optimizers[0])
+    with_gradient, gradients = own_gradients(trainer, trainer.optimizers[0])
     finite = tensor_norms([local(gradient) for gradient in gradients]).isfinite().tolist()
     bad = {id(parameter) for parameter, ok in zip(with_gradient, finite, strict=True) if not ok}
     named = enumerate(module.named_parameters())

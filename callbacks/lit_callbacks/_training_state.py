@@ -31,7 +31,7 @@ def live_tensors(trainer: Trainer, module: LightningModule, also: Collection[str
 
     Frozen parameters are left out unless ``also`` names them; so are buffers that are not saved, and boolean ones.
     """
-    settle(module)
+    settle(trainer.strategy.model or module)
     tensors = _of_module("", module, also)
     for index, optimizer in enumerate(trainer.optimizers):
         if _deepspeed.is_zero(optimizer):  # what it steps on are parameters of its own

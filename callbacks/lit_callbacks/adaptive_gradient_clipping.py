@@ -33,6 +33,8 @@ class AdaptiveGradientClipping(Actor):
     A norm that jumps and stays there is clipped to the old level for ``warmup_steps`` steps, and then a new warm-up
     begins; ZClip would go on for ever. Resuming with another ``warmup_steps`` begins new averages.
 
+    Under FSDP1, where Lightning refuses to clip by norm, ``z_threshold=math.inf`` leaves ``max_grad_norm`` alone.
+
     Logs, every ``every_n_steps`` optimizer steps and whenever the z-score is above ``z_threshold``:
         grad_norm/threshold: norm above which a gradient was clipped; infinite in a warm-up without ``max_grad_norm``.
         grad_norm/clip_coefficient: factor that the gradient was scaled by; 1 if it was not.
@@ -45,7 +47,7 @@ class AdaptiveGradientClipping(Actor):
         every_n_steps: Optimizer steps between logged values.
 
     Raises:
-        ValueError: If an argument is out of range; at setup in manual optimization, under FSDP1 and DeepSpeed,
+        ValueError: If an argument is out of range; at setup in manual optimization, under DeepSpeed,
             with ``gradient_clip_val`` set, or if another one is among the callbacks; at fit start if the
             optimizer is LBFGS, or is fused while a GradScaler is in use.
 

@@ -10,11 +10,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_callbacks._alarms import InARow, OwnPast, raise_alarm
-from lit_callbacks._deepspeed import clip_factor, engine_of, numel
+from lit_callbacks._deepspeed import clip_factor, engine_of
 from lit_callbacks._facts import facts_of, has_scaler
 from lit_callbacks._member import Member
 from lit_callbacks._ranks import Measurement
-from lit_callbacks._shards import is_sharded, share_norms
+from lit_callbacks._shards import gradient, is_sharded, share_norms, whole_shapes
 from lit_callbacks._step_observer import Step, StepObserver
 
 SAMPLE = 4
@@ -57,7 +57,7 @@ class GradientNormLogger(StepObserver):
 
     Raises:
         ValueError: If an argument is out of range; at fit start if a glob matches nothing; at setup under
-            FSDP1 and DeepSpeed.
+            DeepSpeed.
 
     State: the last 20 accepted norms of each group.
 
@@ -108,7 +108,9 @@ class GradientNormLogger(StepObserver):
         # How many elements have a gradient, in all and by group; groups of another optimizer, or frozen, have none.
         trained = tuple(map(id, gradients.parameters))
         if trained != self._trained:
-            numbers = torch.tensor([float(numel(p)) for p in gradients.parameters])
+            assert trainer.lightning_module is not None
+            shapes = whole_shapes(trainer, trainer.lightning_module)
+            numbers = torch.tensor([float(shapes[id(p)].numel()) for p in gradients.parameters])
             self._trained, self._elements = trained, numbers.sum().item()
             self._sizes = groups.sums(groups.place(gradients.parameters, numbers)).tolist()
         used = gradients.parameters
@@ -130,11 +132,11 @@ class GradientNormLogger(StepObserver):
             if (factor := clip_factor(engine)) is not None:
                 step.found["clipped"] = step.found["total"] * factor
             return
-        used = [p for p in step.found["used"] if p.grad is not None]
-        if not used:
-            return
+        if all(p.grad is None for p in step.found["used"]):
+            return  # the step is skipped
+        used = [(p, g) for p in step.found["used"] if (g := gradient(p)) is not None]
         # A fused optimizer has unscaled its gradients by now.
-        norm = torch.linalg.vector_norm(share_norms([p.grad for p in used if p.grad is not None]))
+        norm = torch.linalg.vector_norm(share_norms([g for _, g in used], of=[p for p, _ in used]))
         if len(used) < step.found["parameters"]:
             factor = norm / step.found["sample"]
             norm = step.found["total"] * factor.where(step.found["sample"] > 0, 1.0)

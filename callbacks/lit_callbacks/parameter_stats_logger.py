@@ -9,7 +9,7 @@ from torch import Tensor
 from lit_callbacks._deepspeed import engine_of
 from lit_callbacks._errors import SetupError
 from lit_callbacks._evaluation import EvaluationHooks
-from lit_callbacks._facts import amp_scale, own_weights
+from lit_callbacks._facts import amp_scale, own_norms, own_weights
 from lit_callbacks._histograms import histogram, show_histogram
 from lit_callbacks._ranks import Measurement
 from lit_callbacks._shards import is_sharded, share_norms
@@ -43,7 +43,7 @@ class ParameterStatsLogger(StepObserver, EvaluationHooks):
 
     Raises:
         ValueError: If ``every_n_steps`` is below 1; at fit start if a glob matches nothing; at setup under
-            FSDP1 and DeepSpeed.
+            DeepSpeed.
 
     State: none.
 
@@ -74,11 +74,12 @@ class ParameterStatsLogger(StepObserver, EvaluationHooks):
     def before(self, trainer: Trainer, step: Step) -> None:
         """Keep the weights; and their histograms, while the gradient is not clipped."""
         assert self.parameter_groups is not None
-        trained, weights, ranks = own_weights(trainer, step.optimizer)
+        trained, weights = own_weights(trainer, step.optimizer)
         step.found["before"] = [weight.clone() for weight in weights]
         step.found["trained"] = trained
         step.found["present"] = set(self.parameter_groups.sort(trained))
-        step.found["weights"] = self.parameter_groups.place(trained, share_norms(step.found["before"], ranks))
+        norms = own_norms(trainer, step.found["before"], trained)
+        step.found["weights"] = self.parameter_groups.place(trained, norms)
         if self.histograms:
             self._show_histograms(trainer, step)
 
@@ -86,9 +87,9 @@ class ParameterStatsLogger(StepObserver, EvaluationHooks):
         """The norm of the step, taken right after it."""
         assert self.parameter_groups is not None
         before = step.found.pop("before")
-        trained, weights, ranks = own_weights(trainer, step.optimizer)
+        trained, weights = own_weights(trainer, step.optimizer)
         torch._foreach_sub_(before, weights)
-        step.found["updates"] = self.parameter_groups.place(trained, share_norms(before, ranks))
+        step.found["updates"] = self.parameter_groups.place(trained, own_norms(trainer, before, trained))
 
     def _show_histograms(self, trainer: Trainer, step: Step) -> None:
         assert self.parameter_groups is not None
@@ -143,7 +144,7 @@ class ParameterStatsLogger(StepObserver, EvaluationHooks):
         """Report the weights."""
 
         def measure() -> Measurement:
-            norms = self._group(pl_module).place(
+            norms = self._group(trainer, pl_module).place(
                 list(pl_module.parameters()), share_norms(list(pl_module.parameters()))
             )
             return self._squares(trainer, weights=norms)

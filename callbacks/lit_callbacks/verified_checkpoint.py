@@ -186,8 +186,8 @@ class VerifiedCheckpoint(SaveSchedule):
         if trainer.global_step == 0 and is_sharded(pl_module):
             for optimizer in trainer.optimizers:  # loaded from a checkpoint that others made
                 optimizer.state.clear()
-        trained = {name for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
-        others = {name for name in pl_module.state_dict() if name not in trained}  # infinite by intention, as masks are
+        others = {name for name, _ in pl_module.named_buffers()}  # infinite by intention, as masks are
+        others |= {name for name, parameter in pl_module.named_parameters() if not parameter.requires_grad}
         self._expected_non_finite = others.intersection(non_finite_tensors(trainer, pl_module))
         if self._is_first(trainer):
             mark_finished(trainer, None)

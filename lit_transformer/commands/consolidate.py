@@ -46,6 +46,8 @@ def whole(folder: Path) -> dict[str, Any]:
     if zero_parts.is_of_deepspeed(folder):
         return zero_parts.whole(folder)
     checkpoint = _load_distributed_checkpoint(folder)
+    if "model" in checkpoint:  # as FSDP1 calls it
+        checkpoint["state_dict"] = checkpoint.pop("model")
     names = sorted(name for name in checkpoint if name.startswith("optimizer_") and name[10:].isdigit())
     if names:
         checkpoint["optimizer_states"] = [_by_number(checkpoint.pop(name)) for name in names]

@@ -152,7 +152,7 @@ class TrainingCLI(LightningCLI):
             self.run = run if run.owns(settings.ckpt_path) else None
         if settings.ckpt_path is not None:
             strategy = str(settings.trainer.strategy).lower()
-            sharded = any(name in strategy for name in ("fsdp2", "modelparallelstrategy", "deepspeed"))
+            sharded = any(name in strategy for name in ("fsdp", "modelparallel", "deepspeed"))
             self.checkpoint = load_checkpoint(settings.ckpt_path, weights=not sharded)
             if "deepspeed" in strategy and not is_in_parts(settings.ckpt_path):
                 raise UsageError(

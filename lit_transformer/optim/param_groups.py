@@ -90,12 +90,15 @@ class ParamGroups:
             if own is not None and own.freeze:
                 parameter.requires_grad_(False)
 
-    def build(self, model: nn.Module, hidden_apart: bool = False) -> list[dict[str, Any]]:
+    def build(
+        self, model: nn.Module, hidden_apart: bool = False, dims: Mapping[int, int] | None = None
+    ) -> list[dict[str, Any]]:
         """The groups, for any torch optimizer.
 
         Args:
             model: Any module; what needs no gradient is left out.
             hidden_apart: Put the matrices inside of layers into groups of their own, for :class:`MuonAdamW`.
+            dims: Numbers of dimensions by ``id``, where the model has flat pieces of its parameters only.
 
         Returns:
             Dicts with ``name``, ``params`` and ``lr_scale``, and ``weight_decay`` where it is not the optimizer's;
@@ -107,13 +110,14 @@ class ParamGroups:
         """
         depths = layer_depths(model)
         top = max(depths.values(), default=0)
-        never = _never_decaying(model)
+        dims = dims or {id(parameter): parameter.ndim for parameter in model.parameters()}
+        never = _never_decaying(model, dims)
         groups: dict[tuple[Any, ...], dict[str, Any]] = {}
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            override = self._override(name)
-            hidden = hidden_apart and parameter.ndim == 2 and id(parameter) not in never and 0 < depths[name] < top
+            override = self._override(name.replace("_fsdp_wrapped_module.", ""))
+            hidden = hidden_apart and dims[id(parameter)] == 2 and id(parameter) not in never and 0 < depths[name] < top
             kind = "no_decay" if id(parameter) in never else "hidden" if hidden else "decay"
             scale = self.layer_decay ** (top - depths[name]) if self.layer_decay < 1 else 1.0
             prefix = f"layer_{depths[name]}_" if self.layer_decay < 1 else ""
@@ -134,13 +138,13 @@ class ParamGroups:
         return next((o for o in reversed(self.overrides) if fnmatchcase(name, o.pattern)), None)
 
 
-def _never_decaying(model: nn.Module) -> set[int]:
+def _never_decaying(model: nn.Module, dims: Mapping[int, int]) -> set[int]:
     """Biases, norms, embeddings, and vectors of any kind."""
     return {
         id(parameter)
         for module in model.modules()
         for name, parameter in module.named_parameters(recurse=False)
-        if isinstance(module, _NO_DECAY) or name.endswith("bias") or parameter.ndim < 2
+        if isinstance(module, _NO_DECAY) or name.endswith("bias") or dims[id(parameter)] < 2
     }
 
 

@@ -12,7 +12,7 @@ from lit_transformer.module import LitTransformer
 from lit_transformer.nn import generate
 from lit_transformer.nn.summary import summarize
 from lit_transformer.objectives import IGNORED
-from lit_transformer.parallel import shards_weights, size_of
+from lit_transformer.parallel import shards, size_of
 from lit_transformer.run.folder import RunFolder
 from lit_transformer.task import LitTask
 from lit_transformer.tasks import LitCausalLM, LitPretrained, LitSeq2Seq
@@ -78,7 +78,7 @@ class FitReport(Callback):
         if shown:
             print(f"Validation: {', '.join(shown)}.")
         self._print_baselines(trainer)
-        if not shards_weights(trainer.strategy):  # this rank alone has no whole model
+        if not shards(trainer.strategy):  # this rank alone has no whole model
             self._print_sample(trainer, pl_module)
 
     @staticmethod

@@ -8,7 +8,6 @@ from typing import Any, get_args
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from lit_transformer.distillation import Distillation
@@ -17,6 +16,7 @@ from lit_transformer.hugging_face import Lora, Task, build, keeps_apart, load, r
 from lit_transformer.nn.positions import document_places
 from lit_transformer.objectives import IGNORED, ClassObjective, Objective, TokenObjective
 from lit_transformer.optim import ParamGroups, Schedule, WarmupCosine
+from lit_transformer.parallel import shards
 from lit_transformer.task import Batch, LitTask
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids")
@@ -164,7 +164,7 @@ class LitPretrained(LitTask):
 
     def configure_model(self) -> None:
         """Refuse strategies that leave sharding to the module."""
-        if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+        if self._trainer is not None and shards(self.trainer.strategy):
             name = type(self.trainer.strategy).__name__
             raise UsageError(f"{name} is for models of ours as yet, and not for Hugging Face's: use strategy ddp")
 

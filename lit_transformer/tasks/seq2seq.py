@@ -14,7 +14,7 @@ from lit_transformer.nn import EncoderDecoder, TransformerConfig
 from lit_transformer.nn.beam_search import beam_search
 from lit_transformer.objectives import IGNORED, TokenObjective
 from lit_transformer.optim import ParamGroups, Schedule, WarmupCosine
-from lit_transformer.parallel import shards_weights
+from lit_transformer.parallel import shards
 from lit_transformer.task import Batch
 
 
@@ -124,7 +124,7 @@ class LitSeq2Seq(LitTransformer):
         """Refuse to write where no device has the whole model: texts end at different times on each."""
         super().setup(stage)
         writes = self.scored_samples or stage == "predict"
-        if writes and shards_weights(self.trainer.strategy):
+        if writes and shards(self.trainer.strategy):
             raise UsageError(
                 f"texts cannot be written under {type(self.trainer.strategy).__name__}: set scored_samples to 0, and "
                 "predict on one device from a consolidated checkpoint"

@@ -149,6 +149,13 @@ def test_what_is_not_finite_is_not_learnt(values):
     assert series.state_dict() == before
 
 
+def test_an_infinite_score_leaves_clipping_by_norm():
+    series = ZScoreThreshold(z_threshold=math.inf, warmup_steps=2)
+    for value in (1.0, 1.0, 1.0, 2.0, 1e6):
+        assert series.threshold(value) == math.inf
+        series.update(value)
+
+
 def test_a_series_that_never_varied_has_finite_scores():
     series = ZScoreThreshold(warmup_steps=2)
     series.update(1.0)

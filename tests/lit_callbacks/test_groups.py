@@ -33,7 +33,8 @@ class Model(nn.Module):
 
 
 def sizes(groups):
-    return dict(zip(groups.names, groups.sizes.int().tolist(), strict=True))
+    numbers = torch.tensor([p.numel() for p in Model().parameters()])
+    return dict(zip(groups.names, groups.sums(numbers).tolist(), strict=True))
 
 
 def test_layers_and_kinds_divide_the_parameters():

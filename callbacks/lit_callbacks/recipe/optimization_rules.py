@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from lit_callbacks._deepspeed import numel
 from lit_callbacks.recipe.finding import rule
 from lit_callbacks.recipe.plan import Plan
 
@@ -88,7 +87,7 @@ def decay_on_norms(plan: Plan) -> Found:
         id(p)
         for module in plan.module.modules()
         for name, p in module.named_parameters(recurse=False)
-        if isinstance(module, (*_NORMS, nn.Embedding)) or p.ndim < 2
+        if isinstance(module, (*_NORMS, nn.Embedding)) or len(plan.shapes[id(p)]) < 2
     }
     decayed = [
         names.get(id(p), "?")
@@ -152,7 +151,7 @@ def fp16_without_scaler(plan: Plan) -> Found:
 @rule("lr-range", "warning")
 def lr_range(plan: Plan) -> Found:
     """Far from where models of this size are trained (Kaplan et al. 2020, equation D.1, for Adam)."""
-    size = sum(numel(p) for p in plan.module.parameters())
+    size = sum(plan.shapes[id(p)].numel() for p in plan.module.parameters())
     if not plan.has_attention or size < 1000:
         return
     usual = max(1e-4, 0.003239 - 0.0001395 * math.log(size))

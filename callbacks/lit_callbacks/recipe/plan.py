@@ -4,11 +4,13 @@ import math
 from functools import cached_property
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from lit_callbacks._shards import whole_shapes
 from lit_callbacks.recipe.curve import learning_rates
 
 _POINTS = 1000
@@ -23,6 +25,11 @@ class Plan:
         self.trainer, self.module = trainer, module
 
     # ---- the model
+
+    @cached_property
+    def shapes(self) -> dict[int, torch.Size]:
+        """The shape of each parameter as a whole, by its ``id``."""
+        return whole_shapes(self.trainer, self.module)
 
     @cached_property
     def has_attention(self) -> bool:

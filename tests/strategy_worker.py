@@ -1,10 +1,12 @@
 """Run by test_strategies.py in two processes, and imported by it: the same training under any strategy."""
 
+import itertools
 import json
 import os
 import sys
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -39,7 +41,7 @@ from lit_transformer import (
 )
 from lit_transformer.errors import UsageError
 
-STEPS = 30
+STEPS = 40
 CONFIG = TransformerConfig(
     vocab_size=256, max_length=16, d_model=16, n_layers=2, n_heads=2, bias=False,  # of a key: noise
     attention_dropout=0, ffn_dropout=0, residual_dropout=0, embedding_dropout=0,
@@ -62,19 +64,20 @@ class Losses(Callback):
 class Task(LitCausalLM):
     """Training in which something happens: a loss that is not a number on one rank, a wild batch, damaged weights."""
 
-    trouble = None
+    trouble = ""
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
-        if (self.trouble, batch_idx) == ("nan", 12) and self.global_rank == self.trainer.world_size - 1:
+        step = batch_idx // self.trainer.accumulate_grad_batches  # also when it is run again
+        if "nan" in self.trouble and step == 12 and self.global_rank == self.trainer.world_size - 1:
             loss = loss * float("nan")
-        if (self.trouble, batch_idx) == ("wild", 24):
+        if "wild" in self.trouble and step == 26:
             loss = loss * 1e4
         return loss
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
-        if (self.trouble, self.global_step) == ("damage", 20):
-            self.trouble = None  # once: the data after a rollback is new
+        if "damage" in self.trouble and self.global_step == 30:
+            self.trouble = ""  # once: the data after a rollback is new
             weight = self.model.final_norm.weight.data
             (weight.to_local() if isinstance(weight, DTensor) else weight).mul_(-8)
 
@@ -116,9 +119,7 @@ def weights(trainer, task):
     return found
 
 
-def fit(
-    folder, text, strategy, *, accumulate=1, clip=None, precision="32-true", trouble=None, steps=STEPS, resume=None
-):
+def fit(folder, text, strategy, *, accumulate, clip, precision, trouble, steps=STEPS, resume=None):
     """Losses, logged metrics, events and weights of a run."""
     devices = 1 if strategy == "single" else 2
     torch.manual_seed(0)
@@ -153,14 +154,27 @@ def fit(
     }
 
 
-CASES = {
-    "plain": {},
-    "bf16": {"precision": "bf16-mixed"},
-    "accumulated_and_clipped": {"accumulate": 2, "clip": 0.5},
-    "nan": {"trouble": "nan"},
-    "wild": {"trouble": "wild"},
-    "damage": {"trouble": "damage"},
-}
+class Cell(NamedTuple):
+    """One kind of training. In each, a rank's loss is not a number once, a batch is wild, and weights are damaged."""
+
+    precision: str = "32-true"
+    accumulate: int = 2
+    clip: float | None = 0.5
+
+    def __str__(self):
+        return f"{self.precision}, {self.accumulate} batches a step, {'clipped' if self.clip else 'not clipped'}"
+
+    def folder(self, out):
+        return out / str(self).replace(", ", "_").replace(" ", "_")
+
+    def run(self, out, text, strategy, **options):
+        return fit(
+            self.folder(out), text, strategy, precision=self.precision, accumulate=self.accumulate, clip=self.clip,
+            trouble="nan wild damage", **options,
+        )  # fmt: skip
+
+
+GRID = [Cell(*values) for values in itertools.product(("32-true", "bf16-mixed"), (1, 2), (None, 0.5))]
 
 
 def refused(folder, text):
@@ -188,10 +202,12 @@ def refused(folder, text):
     return found
 
 
-def main(out, strategy, text):
-    """Write what each case gives on this rank, and a resumed run."""
-    found = {name: fit(out / name, text, strategy, **case) for name, case in CASES.items()}
-    found["resumed"] = fit(out / "resumed", text, strategy, resume=str(out / "plain" / "step=10.ckpt"))
+def main(out, strategy, text, *numbers):
+    """Write what some cells of the grid give on this rank, the first of them also resumed; and what is refused."""
+    cells = [GRID[int(number)] for number in numbers]
+    found = {str(cell): cell.run(out, text, strategy) for cell in cells}
+    checkpoint = cells[0].folder(out) / "step=20.ckpt"
+    found["resumed"] = cells[0].run(out / "resumed", text, strategy, resume=str(checkpoint), steps=30)
     if strategy == "fsdp2":
         found["refused"] = refused(out / "refused", text)
     (out / f"{strategy}_{os.environ['RANK']}.json").write_text(json.dumps(found))

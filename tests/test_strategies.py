@@ -122,10 +122,19 @@ def test_the_grid_pair_by_pair(strategy, single, text, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "strategy", [["strategy/fsdp2"], ["strategy/fsdp", "--trainer.strategy.class_path=strategy_worker.CPUFSDP"]]
+    "strategy",
+    [
+        ["strategy/fsdp2"],
+        ["strategy/fsdp", "--trainer.strategy.class_path=strategy_worker.CPUFSDP"],
+        ["strategy/deepspeed_stage_2", "--trainer.strategy=cpu_deepspeed.CPUDeepSpeed"],
+        ["strategy/deepspeed_stage_3", "--trainer.strategy=cpu_deepspeed.CPUDeepSpeed", "--trainer.strategy.stage=3"],
+    ],
+    ids=lambda words: words[0],
 )
 def test_sharded_on_the_command_line(strategy, tmp_path):
     """Fit, go on, make one file of the parts, and go on from that on one device."""
+    if "deepspeed" in strategy[0]:
+        pytest.importorskip("deepspeed")
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG | {"checkpoint_every_n_steps": 10}))
     (tmp_path / "text.txt").write_text("".join(f"{i * i % 97:03d}, {i:04d}; " for i in range(4000)))
     sharded = ["--config", "tiny.yaml", "--config", *strategy, "--trainer.devices", "2"]

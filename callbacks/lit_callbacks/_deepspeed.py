@@ -39,7 +39,9 @@ def missing(engine: Any) -> list[str]:
     if not is_zero(zero):
         return [f"a ZeRO optimizer in place of {type(zero).__name__}"]
     if _is_stage_3(zero):
-        return [name for name in _OF_STAGE_3 if not hasattr(zero, name)]
+        on_disk = zero.swap_optimizer or zero.params_in_nvme_and_cpu
+        absent = [name for name in _OF_STAGE_3 if not hasattr(zero, name)]
+        return [*absent, "weights and optimizer states in memory, not on NVMe"] if on_disk else absent
     mapped = all(hasattr(parameter, "_hp_mapping") for parameter in trained(engine))
     return [name for name in _OF_STAGES_1_AND_2 if not hasattr(zero, name)] + ([] if mapped else ["_hp_mapping"])
 

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lit_callbacks import _ranks
-from lit_callbacks._deepspeed import is_zero
+from lit_callbacks._deepspeed import engine_of, is_zero
 from lit_callbacks._errors import SetupError
 from lit_callbacks._facts import Reading, facts_of, has_scaler, own_gradients
 from lit_callbacks._member import refuse_unknown_engine
@@ -44,6 +44,11 @@ class StepSkipper(WindowActor):
         """Refuse optimizers whose step cannot be skipped."""
         ours = type(self).__name__
         refuse_unknown_engine(self, trainer)
+        if engine_of(trainer) is not None and str(trainer.precision).startswith("16"):
+            raise SetupError(
+                f"{ours} cannot tell a bad step from DeepSpeed's search for its loss scale, which precision="
+                f"'{trainer.precision}' has. Use precision='bf16-mixed', or leave the callback out."
+            )
         for optimizer in trainer.optimizers:
             if is_zero(optimizer):
                 continue  # whose step is passed over as a whole, whatever is inside

@@ -123,6 +123,8 @@ class UnitFollower:
         if units and isinstance(call.output, Tensor):
             made = [held for x in factors if (held := self._of(x)) and not isinstance(held, Units)]
             rows = (*(row for u in units for row in u.rows), *(row for m in made for row in m))
+            for x in factors:
+                self._held.pop(id(x), None)
             for u in units:
                 self._forget(u)
             self._hold(call.output, Units(call.output.detach(), rows, units[0].where))

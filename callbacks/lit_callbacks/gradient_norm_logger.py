@@ -56,13 +56,14 @@ class GradientNormLogger(StepObserver):
         exploding_ratio: Multiple of its running median above which a group explodes.
 
     Raises:
-        ValueError: If an argument is out of range; at fit start if a glob matches nothing; at setup under
-            DeepSpeed.
+        ValueError: If an argument is out of range; at fit start if a glob matches nothing, or under a
+            DeepSpeed without ZeRO or of another build than is known.
 
     State: the last 20 accepted norms of each group.
 
     Cost: on measured steps one pass over the gradients, a look at four of them after clipping (a second pass where
-    something else than clipping by norm may have changed them), and one read by the host.
+    something else than clipping by norm may have changed them), and one read by the host. Under DeepSpeed the same,
+    over this rank's part: no gradient is gathered, and the norm after clipping follows from DeepSpeed's own.
 
     Example:
         >>> GradientNormLogger(every_n_steps=100, groups=["layers", "*.bias"]).every_n_steps

@@ -71,7 +71,7 @@ class LossSpikeRecovery(StepSkipper):
 
     Raises:
         ValueError: If an argument is out of range, or the snapshots do not reach back as far as they must be proven.
-        SetupError: At setup in manual optimization, under DeepSpeed, or beside another of its kind or a
+        SetupError: At setup in manual optimization, under DeepSpeed with fp16, or beside another of its kind or a
             ``NonFiniteGuard``; at fit start if the optimizer moves without gradients, cannot be tried on a toy
             parameter, or is fused while a GradScaler is in use.
         DivergenceError: When rollbacks do not help, or there is nothing to go back to.

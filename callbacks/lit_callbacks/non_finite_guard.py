@@ -37,7 +37,7 @@ class NonFiniteGuard(StepSkipper):
         patience: Skipped steps in a row after which training stops.
 
     Raises:
-        ValueError: If ``patience`` is below 1; at setup in manual optimization or under DeepSpeed;
+        ValueError: If ``patience`` is below 1; at setup in manual optimization or under DeepSpeed with fp16;
             at fit start if the optimizer moves without gradients, cannot be tried on a toy parameter, or is
             fused while a GradScaler is in use.
         NonFiniteError: After ``patience`` skipped steps in a row.

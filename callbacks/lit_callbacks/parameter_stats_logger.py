@@ -23,6 +23,8 @@ class ParameterStatsLogger(StepObserver, EvaluationHooks):
     the true one, taken across the optimizer's step: with weight decay, momentum, clipping and a skipped step as they
     were. About 1e-3 is usual for Adam in mid-training; much more is unstable, much less is hardly learning.
 
+    Under DeepSpeed the weights are those in full precision, of which each rank has a part.
+
     With ``histograms``, W&B and TensorBoard loggers get one of the weights and one of the unclipped, unscaled,
     accumulated gradients of each group; values that are not finite cannot be in a histogram, so their number is logged
     beside it.
@@ -42,8 +44,8 @@ class ParameterStatsLogger(StepObserver, EvaluationHooks):
         histograms: Also send histograms to the loggers that can show them.
 
     Raises:
-        ValueError: If ``every_n_steps`` is below 1; at fit start if a glob matches nothing; at setup under
-            DeepSpeed.
+        ValueError: If ``every_n_steps`` is below 1; at fit start if a glob matches nothing, or under a
+            DeepSpeed without ZeRO or of another build than is known.
 
     State: none.
 

@@ -42,6 +42,7 @@ from lit_transformer import (
     TransformerConfig,
     WarmupConstant,
 )
+from lit_transformer.commands.consolidate import whole as consolidated
 from lit_transformer.errors import UsageError
 
 STEPS = 40
@@ -289,6 +290,10 @@ def main(out, strategy, text, *numbers):
     found["resumed"] = cells[0].run(out / "resumed", text, strategy, resume=str(checkpoint), steps=30)
     if strategy == "fsdp2":
         found["refused"] = refused(out / "refused", text)
+    if strategy.startswith("zero"):
+        contents = consolidated(cells[0].folder(out) / f"step={STEPS}.ckpt")
+        found["consolidated"] = {k: v.double().abs().sum().item() for k, v in contents["state_dict"].items()}
+        found["states"] = len(contents["optimizer_states"][0]["state"])
     if strategy == "zero2":
         found["refused"] = refused_by_deepspeed(out / "refused", text, strategy)
     if strategy in ("zero2", "zero3"):

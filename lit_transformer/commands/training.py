@@ -160,8 +160,8 @@ class TrainingCLI(LightningCLI):
     def _check_for_deepspeed(self, path: str) -> None:
         if self.subcommand != "fit":
             raise UsageError(
-                f"DeepSpeed loads its checkpoints together with the optimizer, which {self.subcommand} does not have: make "
-                f"{path} one file by `consolidate`, and evaluate that on one device or under strategy ddp"
+                f"DeepSpeed loads its checkpoints with the optimizer, which {self.subcommand} does not have: make {path} "
+                "one file by `consolidate`, and evaluate that on one device or under strategy ddp"
             )
         if not is_in_parts(path):
             raise UsageError(

@@ -202,12 +202,18 @@ def refused(folder, text):
     return found
 
 
+def resumed_part(whole):
+    """The losses of a run that a resumed one should have."""
+    return {step: loss for step, loss in whole["losses"].items() if 20 <= int(step) < 30}
+
+
 def main(out, strategy, text, *numbers):
-    """Write what some cells of the grid give on this rank, the first of them also resumed; and what is refused."""
-    cells = [GRID[int(number)] for number in numbers]
-    found = {str(cell): cell.run(out, text, strategy) for cell in cells}
-    checkpoint = cells[0].folder(out) / "step=20.ckpt"
-    found["resumed"] = cells[0].run(out / "resumed", text, strategy, resume=str(checkpoint), steps=30)
+    """Write what some cells of the grid give on this rank, also resumed; and what is refused."""
+    found = {}
+    for cell in (GRID[int(number)] for number in numbers):
+        whole = found[str(cell)] = cell.run(out, text, strategy)
+        checkpoint = str(cell.folder(out) / "step=20.ckpt")
+        whole["resumed"] = cell.run(out / "resumed", text, strategy, resume=checkpoint, steps=30)["losses"]
     if strategy == "fsdp2":
         found["refused"] = refused(out / "refused", text)
     (out / f"{strategy}_{os.environ['RANK']}.json").write_text(json.dumps(found))

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from lit_transformer.distillation import Distillation
 from lit_transformer.errors import UsageError
 from lit_transformer.nn import Transformer, TransformerConfig, check_ids
 from lit_transformer.objectives import Objective
 from lit_transformer.optim import ParamGroups, Schedule, WarmupCosine
-from lit_transformer.parallel import spread
+from lit_transformer.parallel import shards, spread
 from lit_transformer.task import LitTask
 from lit_transformer.warm_start import load_body
 
@@ -86,7 +86,9 @@ class LitTransformer(LitTask):
         warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer` in `LightningModule`")
         super().setup(stage)
         if stage == "fit" and self.compile_model:
-            self.model.compile(fullgraph=not isinstance(self.model, FSDPModule))
+            self.model.compile(fullgraph=not shards(self.trainer.strategy))
+        if stage == "fit" and isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            self._start_from_weights()  # before the engine copies them
 
     def configure_model(self) -> None:
         """Spread the model over devices, where the strategy leaves that to the module."""
@@ -102,6 +104,9 @@ class LitTransformer(LitTask):
     def on_fit_start(self) -> None:
         """Take the weights to start from, unless a checkpoint has been loaded, or this is a second fit."""
         super().on_fit_start()
+        self._start_from_weights()
+
+    def _start_from_weights(self) -> None:
         if self.init_from is not None and not self._has_weights:
             load_body(self, self.init_from)
         self._has_weights = True

@@ -1,7 +1,13 @@
 """How a model is spread over devices, where the strategy leaves that to the module."""
 
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
-from torch import nn
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    Strategy,
+    StrategyRegistry,
+)
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -34,7 +40,8 @@ StrategyRegistry.register("fsdp2", FSDP2, description="Parameters, gradients and
 
 def shards(strategy: Strategy) -> bool:
     """Whether a strategy leaves each rank a part of the model only."""
-    return isinstance(strategy, ModelParallelStrategy | FSDPStrategy)
+    zero = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
+    return zero or isinstance(strategy, ModelParallelStrategy | FSDPStrategy)
 
 
 def spread(model: nn.Module, strategy: Strategy, mesh: DeviceMesh | None) -> None:
@@ -66,6 +73,11 @@ def spread(model: nn.Module, strategy: Strategy, mesh: DeviceMesh | None) -> Non
         if isinstance(module, Block):
             fully_shard(module, mesh=mesh["data_parallel"])
     fully_shard(model, mesh=mesh["data_parallel"])
+
+
+def size_of(parameter: Tensor) -> int:
+    """Elements of a parameter over all devices; ZeRO-3 leaves an empty one in its place."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def whole_dims(model: nn.Module) -> dict[int, int]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
@@ -20,6 +21,7 @@ from lit_transformer.optim.schedule_free import AveragedWeights, go_on, is_sched
 from lit_transformer.optim.spec import factory_spec, factory_target, instance_spec, load_factory
 from lit_transformer.optim.total_steps import total_steps
 from lit_transformer.parallel import clip_by_norm, shards, whole_dims
+from lit_transformer.zero import prepare, settle_accumulation
 
 
 class LitRecipe(LightningModule):
@@ -112,6 +114,7 @@ class LitRecipe(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """One optimizer; the schedule steps with it and is logged as ``lr/<group>``."""
+        prepare(self.trainer.strategy)
         apart = bool(getattr(factory_target(self.optimizer_factory), "hidden_apart", False))
         model = self.trainer.strategy.model or self
         if apart and isinstance(model, FullyShardedDataParallel):
@@ -125,7 +128,8 @@ class LitRecipe(LightningModule):
         except ValueError as error:
             raise UsageError(f"{factory_target(self.optimizer_factory).__name__}: {error}") from None
         self._averaged = AveragedWeights(optimizer) if is_schedule_free(optimizer) else None
-        if self._averaged is not None and shards(self.trainer.strategy):
+        strategy = self.trainer.strategy
+        if self._averaged is not None and (shards(strategy) or isinstance(strategy, DeepSpeedStrategy)):
             raise UsageError(
                 f"{type(optimizer).__name__} keeps two sets of weights, which are not saved in parts yet: use another "
                 "optimizer, or strategy ddp"
@@ -214,6 +218,7 @@ class LitRecipe(LightningModule):
         Torch restores ``lr``, ``weight_decay`` and the like from the checkpoint's optimizer state, over the
         configuration and without a word.
         """
+        settle_accumulation(self.trainer, total_steps(self.trainer))
         self._impose()
         if self._geometry is not None:
             rank_zero_info(self._geometry.describe())

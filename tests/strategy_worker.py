@@ -11,14 +11,16 @@ from unittest import mock
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from pytorch_optimizer import ScheduleFreeAdamW
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+from cpu_deepspeed import CPUDeepSpeed
 from helpers import MemoryLogger, make_trainer
 from lit_callbacks import (
     ActivationStatsMonitor,
+    AdaptiveGradientClipping,
     AttentionEntropyMonitor,
     DeadNeuronDetector,
     ExactResume,
@@ -30,6 +32,7 @@ from lit_callbacks import (
     ThroughputLogger,
     VerifiedCheckpoint,
 )
+from lit_callbacks._facts import facts_of
 from lit_transformer import (
     LanguageModelingData,
     LitCausalLM,
@@ -78,8 +81,22 @@ class Task(LitCausalLM):
     def on_train_batch_end(self, outputs, batch, batch_idx):
         if "damage" in self.trouble and self.global_step == 30:
             self.trouble = ""  # once: the data after a rollback is new
-            weight = self.model.final_norm.weight.data
-            (weight.to_local() if isinstance(weight, DTensor) else weight).mul_(-8)
+            scale(self.trainer, self.model.final_norm.weight, -8)
+
+
+def scale(trainer, parameter, factor):
+    """Multiply a parameter, in all copies that training goes on from."""
+    if not isinstance(trainer.strategy, DeepSpeedStrategy):
+        (parameter.data.to_local() if isinstance(parameter, DTensor) else parameter.data).mul_(factor)
+        return
+    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+    safe_set_full_fp32_param(parameter, factor * safe_get_full_fp32_param(parameter))
+    if trainer.strategy.zero_stage_3:
+        trainer.model.optimizer._partition_all_parameters()  # what is gathered is a copy, too
+        parameter.ds_tensor.mul_(factor)
+    else:
+        parameter.data.mul_(factor)
 
 
 class CPUFSDP(FSDPStrategy):
@@ -99,6 +116,10 @@ class CPUFSDP(FSDPStrategy):
 
 
 STRATEGIES = {"single": lambda: "auto", "ddp": lambda: "ddp", "fsdp2": lambda: "fsdp2", "fsdp": CPUFSDP}
+STRATEGIES |= {
+    "zero1": lambda: CPUDeepSpeed(1), "zero2": lambda: CPUDeepSpeed(2), "zero3": lambda: CPUDeepSpeed(3),
+    "zero2_offload": lambda: CPUDeepSpeed(2, offload=True), "zero3_offload": lambda: CPUDeepSpeed(3, offload=True),
+}  # fmt: skip
 
 
 def events(folder):
@@ -112,6 +133,10 @@ def weights(trainer, task):
     found = {}
     for name, parameter in task.named_parameters():
         total = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            total = safe_get_full_fp32_param(parameter)
         total = total.detach().double().abs().sum()
         if isinstance(trainer.strategy, FSDPStrategy):
             torch.distributed.all_reduce(total)
@@ -177,6 +202,60 @@ class Cell(NamedTuple):
 GRID = [Cell(*values) for values in itertools.product(("32-true", "bf16-mixed"), (1, 2), (None, 0.5))]
 
 
+class WholeGradients(Callback):
+    """Compares the norm of each parameter's gradient, as callbacks share it, with that of DeepSpeed's whole one."""
+
+    def __init__(self):
+        self.differences = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if not trainer.model.is_gradient_accumulation_boundary():
+            return
+        from deepspeed.utils import safe_get_full_grad
+
+        facts = facts_of(trainer).gradients(trainer, optimizer)
+        squares = facts.norms.square()
+        torch.distributed.all_reduce(squares)
+        found = (squares / trainer.world_size).sqrt()
+        whole = torch.stack([safe_get_full_grad(parameter).float().norm() for parameter in facts.parameters])
+        self.differences.append(((found - whole).abs() / whole).max().item())
+
+
+def whole_gradients(folder, text, strategy):
+    """The largest relative difference of a gradient's norm, with accumulation."""
+    torch.manual_seed(0)
+    data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=4)
+    compare = WholeGradients()
+    trainer = make_trainer(
+        strategy=STRATEGIES[strategy](), devices=2, max_steps=3, accumulate_grad_batches=2, limit_val_batches=0,
+        default_root_dir=folder, callbacks=[compare],
+    )  # fmt: skip
+    trainer.fit(LitCausalLM(CONFIG, schedule=None), data)
+    return compare.differences
+
+
+def refused_by_deepspeed(folder, text, strategy):
+    """What is said of what DeepSpeed does not have yet."""
+    data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=4)
+    plain = LitCausalLM(CONFIG, schedule=None)
+    free = LitCausalLM(CONFIG, partial(ScheduleFreeAdamW, lr=1e-3), WarmupConstant(warmup=2))
+    runs = {
+        "autopsy": (plain, [NonFiniteAutopsy()], {}),
+        "clipping": (plain, [AdaptiveGradientClipping(max_grad_norm=1.0)], {}),
+        "histograms": (plain, [ParameterStatsLogger(histograms=True)], {}),
+        "schedule_free": (free, [], {}),
+        "window": (plain, [], {"accumulate_grad_batches": 2, "limit_train_batches": 3, "max_steps": 2}),
+    }
+    found = {}
+    for name, (task, callbacks, more) in runs.items():
+        options = {"max_steps": 1, "limit_val_batches": 0, "default_root_dir": folder} | more
+        try:
+            make_trainer(strategy=STRATEGIES[strategy](), devices=2, callbacks=callbacks, **options).fit(task, data)
+        except (UsageError, SetupError) as error:
+            found[name] = str(error)
+    return found
+
+
 def refused(folder, text):
     """What is said of what FSDP2 does not have yet."""
     data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=4)
@@ -216,6 +295,10 @@ def main(out, strategy, text, *numbers):
         whole["resumed"] = cell.run(out / "resumed", text, strategy, resume=checkpoint, steps=30)["losses"]
     if strategy == "fsdp2":
         found["refused"] = refused(out / "refused", text)
+    if strategy == "zero2":
+        found["refused"] = refused_by_deepspeed(out / "refused", text, strategy)
+    if strategy in ("zero2", "zero3"):
+        found["whole_gradients"] = whole_gradients(out / "whole_gradients", text, strategy)
     (out / f"{strategy}_{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 

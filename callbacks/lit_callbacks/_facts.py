@@ -5,6 +5,7 @@ on, in one collective and one read by the host for all of them.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -13,8 +14,10 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_callbacks import _deepspeed
 from lit_callbacks._ranks import rows_of_ranks
 from lit_callbacks._shards import gradient, share_norms
+from lit_callbacks.functional import tensor_norms
 
 
 class Gradients(NamedTuple):
@@ -78,7 +81,7 @@ class StepFacts:
         """Norms of the unscaled, accumulated gradients of the optimizer's parameters before clipping."""
         key = (trainer.global_step, id(optimizer))
         if self._gradients is None or self._gradients[0] != key:
-            self._gradients = key, _gradients(optimizer, amp_scale(trainer))
+            self._gradients = key, _gradients(trainer, optimizer)
         return self._gradients[1]
 
     def grad_norm(self, trainer: Trainer, optimizer: Optimizer) -> Tensor:
@@ -105,18 +108,46 @@ def _read(ranks: list[list[float]]) -> Reading:
     return Reading(loss, norm, bad[0] if bad else None)
 
 
-def _gradients(optimizer: Optimizer, scale: Tensor | None) -> Gradients:
-    found = [(p, g) for p in parameters(optimizer) if (g := gradient(p)) is not None]
-    with_gradient = [p for p, _ in found]
-    norms = share_norms([g for _, g in found], of=with_gradient)
+def _gradients(trainer: Trainer, optimizer: Optimizer) -> Gradients:
+    scale = amp_scale(trainer)
+    with_gradient, gradients = own_gradients(trainer, optimizer)
+    norms = own_norms(trainer, gradients, with_gradient)
     # Fused optimizers unscale inside step(), so until then their gradients are multiplied.
     if scale is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
         norms = norms / scale
     return Gradients(with_gradient, norms, torch.linalg.vector_norm(norms))
 
 
+def own_gradients(trainer: Trainer, optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
+    """The module's parameters that have a gradient, and what this rank has of it: accumulated, and not yet clipped."""
+    if (engine := _deepspeed.engine_of(trainer)) is not None:
+        return [*_deepspeed.trained(engine)], _deepspeed.gradient_parts(engine)
+    found = [(p, g) for p in parameters(optimizer) if (g := gradient(p)) is not None]
+    return [p for p, _ in found], [g for _, g in found]
+
+
+def own_weights(trainer: Trainer, optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
+    """The module's parameters that are trained, and what this rank has of them, in the same memory."""
+    if (engine := _deepspeed.engine_of(trainer)) is not None:
+        return [*_deepspeed.trained(engine)], _deepspeed.weight_parts(engine)
+    trained = [parameter for parameter in parameters(optimizer) if parameter.requires_grad]
+    return trained, [parameter.detach() for parameter in trained]
+
+
+def own_norms(trainer: Trainer, tensors: Sequence[Tensor], of: Sequence[Tensor]) -> Tensor:
+    """This rank's share in the norms of what it has of some parameters, or of their gradients.
+
+    See :func:`~lit_callbacks._shards.share_norms`.
+    """
+    if _deepspeed.engine_of(trainer) is not None:
+        return tensor_norms(tensors) * math.sqrt(trainer.world_size)
+    return share_norms(tensors, of=of)
+
+
 def parameters(optimizer: Optimizer) -> list[Tensor]:
-    """Every parameter of an optimizer, in the order of its groups."""
+    """Everything that an optimizer steps on, in the order of its groups; of ZeRO's, this rank's part of each group."""
+    if _deepspeed.is_zero(optimizer):
+        return _deepspeed.flat_parts(optimizer)
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 

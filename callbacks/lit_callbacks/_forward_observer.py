@@ -7,6 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_callbacks._deepspeed import step_follows
 from lit_callbacks._evaluation import EvaluationHooks
 from lit_callbacks._intercept import Listener, interceptor_of
 from lit_callbacks._observer import Observer
@@ -52,7 +53,7 @@ class ForwardObserver(Observer, Listener, EvaluationHooks):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Report what was seen in the step's forward passes."""
-        if self._measuring:
+        if self._measuring and step_follows(trainer):
             self._measuring = False
             interceptor_of(trainer).remove(self)
             self.report(trainer, pl_module, trainer.global_step, lambda: self.collected(trainer))

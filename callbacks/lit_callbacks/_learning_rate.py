@@ -5,6 +5,8 @@ from weakref import WeakKeyDictionary
 
 from torch.optim import Optimizer
 
+from lit_callbacks._step import after_step
+
 _NORMAL: "WeakKeyDictionary[Optimizer, list[float]]" = WeakKeyDictionary()
 """The learning rates of steps under way, which several callbacks may lower: all put back the same."""
 
@@ -28,7 +30,7 @@ def lower_learning_rate(optimizer: Optimizer, factor: float, has_scaler: bool) -
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * factor
 
-    def put_back(*_: Any) -> None:
+    def put_back() -> None:
         for group, lr in zip(optimizer.param_groups, normal, strict=True):
             group["lr"] = lr
         _NORMAL.pop(optimizer, None)
@@ -37,7 +39,7 @@ def lower_learning_rate(optimizer: Optimizer, factor: float, has_scaler: bool) -
         handles.append(optimizer.register_step_pre_hook(lower))
     else:
         lower()
-    handles.append(optimizer.register_step_post_hook(put_back))
+    handles.append(after_step(optimizer, put_back))
     return handles
 
 

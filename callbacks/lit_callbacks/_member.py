@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_callbacks import _deepspeed
 from lit_callbacks._errors import SetupError
 from lit_callbacks._facts import forget
 
@@ -19,6 +20,9 @@ class Member(Callback):
 
     serves_shards: ClassVar[bool] = False
     """Whether it works where a rank holds a part only of each parameter, as under FSDP."""
+
+    serves_zero: ClassVar[bool] = False
+    """Whether it works under DeepSpeed, which keeps gradients to itself, and clips and steps in its engine."""
 
     _state_key: str | None = None
 
@@ -80,16 +84,32 @@ def publish(
         pl_module.log(key, values[key], logger=False, on_step=True, on_epoch=False, batch_size=1)
 
 
+def refuse_unknown_engine(callback: Member, trainer: Trainer) -> None:
+    """Refuse a DeepSpeed that keeps things elsewhere than the callback looks for them; from the start of fit on."""
+    if "DeepSpeedStrategy" not in _strategy_names(trainer):
+        return
+    engine = _deepspeed.engine_of(trainer)
+    absent = ["a ZeRO optimizer"] if engine is None else _deepspeed.missing(engine)
+    if absent:
+        raise SetupError(
+            f"{type(callback).__name__} needs ZeRO stage 1, 2 or 3 as in DeepSpeed 0.19, and does not find "
+            f"{', '.join(absent)}. Install that version, or leave the callback out."
+        )
+
+
 def _refuse_sharded(callback: Member, trainer: Trainer) -> None:
     # By name: `lightning` and `pytorch_lightning` each have their own classes. DeepSpeedStrategy is a DDPStrategy.
-    names = {cls.__name__ for cls in type(trainer.strategy).__mro__}
-    served = {"SingleDeviceStrategy", "DDPStrategy"}
-    served |= {"ModelParallelStrategy", "FSDPStrategy"} if callback.serves_shards else set()
-    if names.isdisjoint(served) or "DeepSpeedStrategy" in names:
-        where = "a single device, DDP and FSDP" if callback.serves_shards else "a single device and DDP"
+    names = _strategy_names(trainer)
+    served = ["a single device", "DDP"] + (["FSDP"] if callback.serves_shards else [])
+    served += ["DeepSpeed"] if callback.serves_zero else []
+    if "DeepSpeedStrategy" in names:
+        is_served = callback.serves_zero
+    else:
+        is_served = any(not names.isdisjoint(_STRATEGIES[what]) for what in served)
+    if not is_served:
         raise SetupError(
-            f"{type(callback).__name__} serves {where}, but not yet {type(trainer.strategy).__name__}. Use another "
-            "strategy, or leave the callback out."
+            f"{type(callback).__name__} serves {', '.join(served[:-1])} and {served[-1]}, but not yet "
+            f"{type(trainer.strategy).__name__}. Use another strategy, or leave the callback out."
         )
     if "FSDPStrategy" in names:
         sharding = trainer.strategy.sharding_strategy.name  # type: ignore[attr-defined]
@@ -103,3 +123,15 @@ def _refuse_sharded(callback: Member, trainer: Trainer) -> None:
                 f"{type(callback).__name__} serves the sharding strategies FULL_SHARD and SHARD_GRAD_OP of "
                 f"FSDPStrategy, not {sharding}. Use one of them, or leave the callback out."
             )
+
+
+_STRATEGIES: dict[str, set[str]] = {
+    "a single device": {"SingleDeviceStrategy"},
+    "DDP": {"DDPStrategy"},
+    "FSDP": {"ModelParallelStrategy", "FSDPStrategy"},
+    "DeepSpeed": set(),  # a DDPStrategy to Python
+}
+
+
+def _strategy_names(trainer: Trainer) -> set[str]:
+    return {cls.__name__ for cls in type(trainer.strategy).__mro__}

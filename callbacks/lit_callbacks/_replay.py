@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from lit_callbacks._deepspeed import engine_of
 from lit_callbacks._forward_state import ForwardState
 from lit_callbacks._rng import set_rng_state
 from lit_callbacks._shards import flat_parameters, settle
@@ -43,7 +44,8 @@ def without_trace(trainer: Trainer, pl_module: LightningModule) -> Iterator[None
         undo.enter_context(_gradients_put_aside([*pl_module.parameters(), *flat_parameters(trainer)]))
         undo.callback(settle, trainer.strategy.model or pl_module)
         undo.enter_context(_silence(trainer, pl_module))
-        undo.enter_context(getattr(trainer.strategy.model, "no_sync", nullcontext)())
+        if engine_of(trainer) is None:  # which has a `no_sync` that ZeRO refuses, and which waits for its own backward
+            undo.enter_context(getattr(trainer.strategy.model, "no_sync", nullcontext)())
         # Importing the compiler takes seconds; where nobody has, nothing is compiled.
         if "torch._dynamo" in sys.modules:
             undo.enter_context(torch.compiler.set_stance("force_eager"))

@@ -12,11 +12,14 @@ from torch.distributed.fsdp._flat_param import FlatParameter
 from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.tensor import DTensor
 
+from lit_callbacks import _deepspeed
 from lit_callbacks.functional import tensor_norms
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part, in the same memory; of a tensor that is not sharded, the tensor itself."""
+    if _deepspeed.is_cut(tensor):
+        return _deepspeed.part(tensor)
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -58,8 +61,8 @@ def optimizers_as_they_are(trainer: Trainer) -> Iterator[None]:
 
 
 def whole_shapes(trainer: Trainer, module: LightningModule) -> dict[int, torch.Size]:
-    """The shape of each parameter as a whole, by its ``id``; of FSDP1's, each rank has a flat piece, or nothing."""
-    shapes = {id(parameter): parameter.shape for parameter in module.parameters()}
+    """The shape of each parameter as a whole, by its ``id``; of FSDP1's and ZeRO-3's, each rank has a flat piece."""
+    shapes = {id(parameter): _deepspeed.shape(parameter) for parameter in module.parameters()}
     for flat in flat_parameters(trainer):
         assert flat._params is not None  # use_orig_params
         shapes |= {id(parameter): shape for parameter, shape in zip(flat._params, flat._shapes, strict=True)}
@@ -109,6 +112,8 @@ def share_norms(tensors: Sequence[Tensor], of: Sequence[Tensor] | None = None) -
 
 def _parts(tensor: Tensor) -> int:
     """In how many parts a tensor lies on the ranks."""
+    if _deepspeed.is_cut(tensor):
+        return _deepspeed.ranks_of(tensor)
     if not isinstance(tensor, DTensor):
         return distributed.get_world_size() if _is_piece(tensor) else 1
     return math.prod(

@@ -7,10 +7,13 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
+from lit_callbacks._deepspeed import step_follows
 from lit_callbacks._groups import ParameterGroups
+from lit_callbacks._member import refuse_unknown_engine
 from lit_callbacks._observer import Observer
 from lit_callbacks._ranks import Measurement
 from lit_callbacks._shards import whole_shapes
+from lit_callbacks._step import after_step
 
 
 class Step:
@@ -58,6 +61,7 @@ class StepObserver(Observer):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sort the parameters into groups; a glob that matches nothing is refused here."""
+        refuse_unknown_engine(self, trainer)
         self._group(trainer, pl_module)
 
     def _group(self, trainer: Trainer, pl_module: LightningModule) -> ParameterGroups:
@@ -68,14 +72,13 @@ class StepObserver(Observer):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Due? Look, and arrange to look again."""
         number = trainer.global_step
-        if self.off or not self.cadence.due(number, id(optimizer)):
+        if self.off or not step_follows(trainer) or not self.cadence.due(number, id(optimizer)):
             return
         several = len(trainer.optimizers) > 1
         step = Step(number, optimizer, f"_{trainer.optimizers.index(optimizer)}" if several else "")
         self._steps.append(step)
         self.attempt(self.before, trainer, step)
-        if hasattr(optimizer, "register_step_post_hook"):
-            step.hook = optimizer.register_step_post_hook(lambda *_: self.attempt(self.after, trainer, step))
+        step.hook = after_step(optimizer, lambda: self.attempt(self.after, trainer, step))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

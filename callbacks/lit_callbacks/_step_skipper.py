@@ -7,11 +7,14 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lit_callbacks import _ranks
+from lit_callbacks._deepspeed import engine_of, is_zero
 from lit_callbacks._errors import SetupError
-from lit_callbacks._facts import Reading, facts_of, has_scaler
+from lit_callbacks._facts import Reading, facts_of, has_scaler, own_gradients
+from lit_callbacks._member import refuse_unknown_engine
 from lit_callbacks._names import clean_name
 from lit_callbacks._probe import group_settings, step_without_gradients_fault
 from lit_callbacks._shards import local
+from lit_callbacks._step import after_step
 from lit_callbacks._window_actor import WindowActor
 from lit_callbacks.functional import tensor_norms
 from lit_callbacks.protocols import HasSampleIds
@@ -40,7 +43,15 @@ class StepSkipper(WindowActor):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse optimizers whose step cannot be skipped."""
         ours = type(self).__name__
+        refuse_unknown_engine(self, trainer)
+        if engine_of(trainer) is not None and str(trainer.precision).startswith("16"):
+            raise SetupError(
+                f"{ours} cannot tell a bad step from DeepSpeed's search for its loss scale, which precision="
+                f"'{trainer.precision}' has. Use precision='bf16-mixed', or leave the callback out."
+            )
         for optimizer in trainer.optimizers:
+            if is_zero(optimizer):
+                continue  # whose step is passed over as a whole, whatever is inside
             name = type(optimizer).__name__
             if has_scaler(trainer) and getattr(optimizer, "_step_supports_amp_scaling", False):
                 raise SetupError(
@@ -58,9 +69,7 @@ class StepSkipper(WindowActor):
         """Make the coming step change nothing: neither weights nor anything that its forward passes have touched."""
         self.window.undo(optimizer)
         self.keep_settings(optimizer)
-        if hasattr(optimizer, "register_step_post_hook"):
-            # Before a scheduler sets the next learning rate.
-            self._hook = optimizer.register_step_post_hook(lambda optimizer, *_: self._put_settings_back(optimizer))
+        self._hook = after_step(optimizer, lambda: self._put_settings_back(optimizer))
         # The scaler counts this step after us. Where only the gradient overflowed, it has to: that is its search.
         if has_scaler(trainer) and not (reading.finite and not math.isfinite(reading.grad_norm)):
             self._scaler = trainer.precision_plugin.state_dict()
@@ -102,7 +111,7 @@ class StepSkipper(WindowActor):
                 if first_bad_rank is None or not math.isfinite(loss):
                     ids += data.sample_ids(micro_batch.batch)
         finite = reading.finite and math.isfinite(reading.grad_norm)
-        parameter = None if finite else _first_non_finite(pl_module)
+        parameter = None if finite else _first_non_finite(trainer, pl_module)
         reports = _ranks.gather(trainer, (sum(losses) / max(len(losses), 1), ids, parameter))
         return {
             "loss": reading.loss if first_bad_rank is None else reports[first_bad_rank][0],
@@ -118,9 +127,10 @@ def _data(trainer: Trainer) -> HasSampleIds | None:
     return data if isinstance(data, HasSampleIds) else None
 
 
-def _first_non_finite(module: LightningModule) -> tuple[int, str] | None:
+def _first_non_finite(trainer: Trainer, module: LightningModule) -> tuple[int, str] | None:
     """Place and name of the first parameter whose gradient is not finite in this rank's part."""
-    named = [(name, p.grad) for name, p in module.named_parameters() if p.grad is not None]
-    finite = tensor_norms([local(gradient) for _, gradient in named]).isfinite().tolist()
-    places = enumerate(zip(named, finite, strict=True))
-    return next(((i, clean_name(name)) for i, ((name, _), ok) in places if not ok), None)
+    with_gradient, gradients = own_gradients(trainer, trainer.optimizers[0])
+    finite = tensor_norms([local(gradient) for gradient in gradients]).isfinite().tolist()
+    bad = {id(parameter) for parameter, ok in zip(with_gradient, finite, strict=True) if not ok}
+    named = enumerate(module.named_parameters())
+    return next(((i, clean_name(name)) for i, (name, parameter) in named if id(parameter) in bad), None)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from lit_callbacks import _deepspeed
 from lit_callbacks._facts import has_scaler, parameters
 from lit_callbacks._shards import as_part_of, local, settle
 
@@ -33,6 +34,8 @@ def live_tensors(trainer: Trainer, module: LightningModule, also: Collection[str
     settle(trainer.strategy.model or module)
     tensors = _of_module("", module, also)
     for index, optimizer in enumerate(trainer.optimizers):
+        if _deepspeed.is_zero(optimizer):  # what it steps on are parameters of its own
+            tensors |= {f"part {index} {i}": part for i, part in enumerate(parameters(optimizer))}
         for place, value in _states(optimizer):
             if isinstance(value, Tensor):
                 tensors[f"{STATE}{index} {place}"] = value
@@ -40,7 +43,7 @@ def live_tensors(trainer: Trainer, module: LightningModule, also: Collection[str
         average = getattr(callback, "_average_model", None)  # of Lightning's WeightAveraging and its kin
         if isinstance(average, nn.Module):
             tensors |= _of_module(f"average {index} ", average, [name for name, _ in average.named_parameters()])
-    return {name: local(tensor.detach()) for name, tensor in tensors.items()}
+    return {name: local(tensor).detach() for name, tensor in tensors.items()}
 
 
 def plain_values(trainer: Trainer) -> dict[str, Any]:
@@ -65,6 +68,7 @@ def restore(
     trainer: Trainer, module: LightningModule, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
 ) -> None:
     """Copy saved tensors and values back in place; optimizer states that are younger than they are dropped."""
+    _deepspeed.settle(trainer)
     for index, optimizer in enumerate(trainer.optimizers):
         _forget_younger(optimizer, f"{STATE}{index} ", tensors, values["states"][index])
         for place, value in values["states"][index].items():

@@ -68,6 +68,7 @@ class UnitFollower:
             **dict.fromkeys(_PRODUCTS, self._product),
             **dict.fromkeys(_POWERS, self._power),
             **dict.fromkeys(_PASSED_ON, self._passed_on),
+            Tensor.detach: self._detached,
         }
 
     def on_module(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -77,7 +78,7 @@ class UnitFollower:
 
     def finish(self) -> None:
         """The forward pass is over."""
-        for _, held in list(self._held.values()):
+        for held in {id(held): held for _, held in self._held.values()}.values():
             if isinstance(held, Units) and held.rows:
                 self._found(held.where, held)
         self._held.clear()
@@ -88,6 +89,9 @@ class UnitFollower:
 
     def _hold(self, x: Tensor, held: tuple[Rows, ...] | Units) -> None:
         self._held[id(x)] = ref(x), held
+
+    def _forget(self, units: Units) -> None:
+        self._held = {key: entry for key, entry in self._held.items() if entry[1] is not units}
 
     def _linear(self, call: Call) -> None:
         if call.function is torch.addmm:
@@ -100,7 +104,7 @@ class UnitFollower:
             return
         units = self._of(x)
         if isinstance(units, Units):
-            del self._held[id(x)]
+            self._forget(units)
             self._found(call.name, units)
         self._hold(call.output, (Rows(weight, dim),))
 
@@ -121,12 +125,14 @@ class UnitFollower:
             rows = (*(row for u in units for row in u.rows), *(row for m in made for row in m))
             for x in factors:
                 self._held.pop(id(x), None)
+            for u in units:
+                self._forget(u)
             self._hold(call.output, Units(call.output.detach(), rows, units[0].where))
 
     def _power(self, call: Call) -> None:
         units = self._of(call.args[0])
         if isinstance(units, Units):
-            del self._held[id(call.args[0])]
+            self._forget(units)
             self._hold(call.output, units._replace(values=call.output.detach()))
 
     def _passed_on(self, call: Call) -> None:
@@ -138,7 +144,13 @@ class UnitFollower:
             for output in _tensors(call.output):
                 self._hold(output, held)
         elif isinstance(call.output, Tensor) and call.output.shape[-1:] == x.shape[-1:]:
-            del self._held[id(x)]
+            self._forget(held)
+            self._hold(call.output, held)
+
+    def _detached(self, call: Call) -> None:
+        """The same tensor again: ZeRO-3 makes one of what enters a module, and of what leaves it."""
+        held = self._of(call.args[0])
+        if held is not None:
             self._hold(call.output, held)
 
 

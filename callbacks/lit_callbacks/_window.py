@@ -8,9 +8,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_callbacks._facts import facts_of, parameters
+from lit_callbacks._facts import facts_of
 from lit_callbacks._forward_state import ForwardState, set_values, values_of
 from lit_callbacks._rng import rng_state
+from lit_callbacks._step import prevent_step
 
 
 class MicroBatch(NamedTuple):
@@ -60,9 +61,7 @@ class Window:
 
     def undo(self, optimizer: Optimizer) -> None:
         """Make the coming optimizer step change nothing, and take back what the forward passes changed."""
-        # None, not zero: momentum and weight decay move weights with a zero gradient, and 0 * nan is nan.
-        for parameter in parameters(optimizer):
-            parameter.grad = None
+        prevent_step(optimizer)
         self.rewind()
         # What the module logged enters the means of an epoch, which EarlyStopping and schedules look at. Values of the
         # step itself stay: a curve shows what was skipped.

@@ -53,6 +53,7 @@ class ActivationStatsMonitor(ForwardObserver):
     """
 
     serves_shards = True
+    serves_zero = True
 
     def __init__(self, every_n_steps: int = 50, modules: str | None = None) -> None:
         super().__init__(every_n_steps)

@@ -79,6 +79,7 @@ class AttentionEntropyMonitor(ForwardObserver):
     """
 
     serves_shards = True
+    serves_zero = True
 
     def __init__(
         self,

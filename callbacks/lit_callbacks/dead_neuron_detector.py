@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lit_callbacks._deepspeed import gathered
 from lit_callbacks._events import EventLog, run_folder
 from lit_callbacks._forward_observer import ForwardObserver
 from lit_callbacks._intercept import Call
@@ -72,6 +73,7 @@ class DeadNeuronDetector(ForwardObserver):
     """
 
     serves_shards = True
+    serves_zero = True
 
     def __init__(
         self,
@@ -139,7 +141,8 @@ class DeadNeuronDetector(ForwardObserver):
         self._activity[name] = activity + self._activity[name] if name in self._activity else activity
         self._tokens[name] = len(values) + self._tokens.get(name, 0)
         if units.rows:  # now, while the weights are whole: after the forward pass FSDP gives them up
-            norms = torch.cat([torch.linalg.vector_norm(weight.detach(), dim=dim) for weight, dim in units.rows])
+            with gathered([weight for weight, _ in units.rows]):
+                norms = torch.cat([torch.linalg.vector_norm(weight.detach(), dim=dim) for weight, dim in units.rows])
             self._dead_rows[name] = (norms < WEIGHT_DEAD).float().mean().view(1)
 
     def collected(self, trainer: Trainer) -> Measurement:

@@ -81,6 +81,7 @@ class ExactResume(Member):
     """
 
     serves_shards = True
+    serves_zero = True
 
     order = 3
 

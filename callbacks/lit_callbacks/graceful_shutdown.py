@@ -86,6 +86,7 @@ class GracefulShutdown(Member):
     """
 
     serves_shards = True
+    serves_zero = True
 
     order = 3
 

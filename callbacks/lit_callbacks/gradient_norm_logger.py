@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_callbacks._alarms import InARow, OwnPast, raise_alarm
+from lit_callbacks._deepspeed import clip_factor, engine_of
 from lit_callbacks._facts import facts_of, has_scaler
 from lit_callbacks._member import Member
 from lit_callbacks._ranks import Measurement
@@ -55,13 +56,14 @@ class GradientNormLogger(StepObserver):
         exploding_ratio: Multiple of its running median above which a group explodes.
 
     Raises:
-        ValueError: If an argument is out of range; at fit start if a glob matches nothing; at setup under
-            DeepSpeed.
+        ValueError: If an argument is out of range; at fit start if a glob matches nothing, or under a
+            DeepSpeed without ZeRO or of another build than is known.
 
     State: the last 20 accepted norms of each group.
 
     Cost: on measured steps one pass over the gradients, a look at four of them after clipping (a second pass where
-    something else than clipping by norm may have changed them), and one read by the host.
+    something else than clipping by norm may have changed them), and one read by the host. Under DeepSpeed the same,
+    over this rank's part: no gradient is gathered, and the norm after clipping follows from DeepSpeed's own.
 
     Example:
         >>> GradientNormLogger(every_n_steps=100, groups=["layers", "*.bias"]).every_n_steps
@@ -69,6 +71,7 @@ class GradientNormLogger(StepObserver):
     """
 
     serves_shards = True
+    serves_zero = True
 
     def __init__(
         self,
@@ -126,6 +129,10 @@ class GradientNormLogger(StepObserver):
 
     def after(self, trainer: Trainer, step: Step) -> None:
         """The norm of what the optimizer used: of all, or of a few if they have only been scaled alike."""
+        if (engine := engine_of(trainer)) is not None:  # which clips in its step, and keeps nothing of it
+            if (factor := clip_factor(engine)) is not None:
+                step.found["clipped"] = step.found["total"] * factor
+            return
         if all(p.grad is None for p in step.found["used"]):
             return  # the step is skipped
         used = [(p, g) for p in step.found["used"] if (g := gradient(p)) is not None]
@@ -137,17 +144,18 @@ class GradientNormLogger(StepObserver):
         step.found["clipped"] = norm
 
     def found(self, trainer: Trainer, step: Step) -> Measurement:
-        """Squares and counts, which add up over ranks: each holds the whole gradient, so each gives its share."""
+        """Squares, which add up over ranks: each holds the whole gradient, or a part of it, and gives its share."""
         assert self.parameter_groups is not None
         found = step.found
         sums = {
             "groups": self.parameter_groups.sums(found["norms"].square()),
             "total": found["total"].square(),
-            "nonfinite": (~found["norms"].isfinite()).sum().float(),
         }
         if "clipped" in found:
             sums["clipped"] = found["clipped"].square()
-        return Measurement({name: value / trainer.world_size for name, value in sums.items()})
+        # One rank alone may have the part that is not finite.
+        nonfinite = (~found["norms"].isfinite()).float()
+        return Measurement({name: value / trainer.world_size for name, value in sums.items()}, {"nonfinite": nonfinite})
 
     def summarise(self, total: Measurement) -> dict[str, Tensor]:
         """The norms, by name."""
@@ -157,7 +165,7 @@ class GradientNormLogger(StepObserver):
         values = {
             "total": sums["total"].sqrt(),
             "rms": (sums["total"] / max(found["elements"], 1)).sqrt(),
-            "nonfinite": sums["nonfinite"] / max(found["parameters"], 1),
+            "nonfinite": total.maxima["nonfinite"].sum() / max(found["parameters"], 1),
         }
         if "clipped" in sums:
             values["clipped"] = sums["clipped"].sqrt()

@@ -55,6 +55,7 @@ class Heartbeat(Member):
     """
 
     serves_shards = True
+    serves_zero = True
 
     order = 0
 

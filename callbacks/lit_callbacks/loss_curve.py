@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_callbacks._deepspeed import step_follows
 from lit_callbacks._events import run_folder
 from lit_callbacks._facts import facts_of
 from lit_callbacks._observer import Observer
@@ -50,6 +51,7 @@ class LossCurve(Observer):
     """
 
     serves_shards = True
+    serves_zero = True
 
     def __init__(
         self,
@@ -86,7 +88,8 @@ class LossCurve(Observer):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Due? Keep the loss of this step."""
-        if optimizer is trainer.optimizers[0] and self.cadence.due(trainer.global_step):
+        first = optimizer is trainer.optimizers[0] and step_follows(trainer)
+        if first and self.cadence.due(trainer.global_step):
             self.report(trainer, pl_module, trainer.global_step, lambda: self._measure(trainer))
 
     def _measure(self, trainer: Trainer) -> Measurement:

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from lit_callbacks import _spike_report as report
 from lit_callbacks._data_jump import data_place, jump, may_jump
+from lit_callbacks._deepspeed import step_follows
 from lit_callbacks._errors import SetupError
 from lit_callbacks._events import run_folder
 from lit_callbacks._facts import facts_of, has_scaler
@@ -70,7 +71,7 @@ class LossSpikeRecovery(StepSkipper):
 
     Raises:
         ValueError: If an argument is out of range, or the snapshots do not reach back as far as they must be proven.
-        SetupError: At setup in manual optimization, under DeepSpeed, or beside another of its kind or a
+        SetupError: At setup in manual optimization, under DeepSpeed with fp16, or beside another of its kind or a
             ``NonFiniteGuard``; at fit start if the optimizer moves without gradients, cannot be tried on a toy
             parameter, or is fused while a GradScaler is in use.
         DivergenceError: When rollbacks do not help, or there is nothing to go back to.
@@ -89,6 +90,7 @@ class LossSpikeRecovery(StepSkipper):
     """
 
     serves_shards = True
+    serves_zero = True
 
     def __init__(
         self,
@@ -196,6 +198,8 @@ class LossSpikeRecovery(StepSkipper):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Judge the step; make it, or do something about it."""
+        if not step_follows(trainer):
+            return
         reading = facts_of(trainer).reading(trainer, optimizer)
         searching = has_scaler(trainer) and reading.finite and not math.isfinite(reading.grad_norm)
         self._searches = self._searches + 1 if searching else 0

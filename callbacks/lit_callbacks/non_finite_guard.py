@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
+from lit_callbacks._deepspeed import step_follows
 from lit_callbacks._facts import facts_of, has_scaler
 from lit_callbacks._member import publish
 from lit_callbacks._step_skipper import DivergenceError, StepSkipper
@@ -36,7 +37,7 @@ class NonFiniteGuard(StepSkipper):
         patience: Skipped steps in a row after which training stops.
 
     Raises:
-        ValueError: If ``patience`` is below 1; at setup in manual optimization or under DeepSpeed;
+        ValueError: If ``patience`` is below 1; at setup in manual optimization or under DeepSpeed with fp16;
             at fit start if the optimizer moves without gradients, cannot be tried on a toy parameter, or is
             fused while a GradScaler is in use.
         NonFiniteError: After ``patience`` skipped steps in a row.
@@ -53,6 +54,7 @@ class NonFiniteGuard(StepSkipper):
     """
 
     serves_shards = True
+    serves_zero = True
 
     def __init__(self, patience: int = 10) -> None:
         if patience < 1:
@@ -63,6 +65,8 @@ class NonFiniteGuard(StepSkipper):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Agree on whether this step is finite; if it is not, skip it and say so."""
+        if not step_follows(trainer):
+            return
         reading = facts_of(trainer).reading(trainer, optimizer)
         if reading.finite and (math.isfinite(reading.grad_norm) or has_scaler(trainer)):
             self._counts["in_a_row"] = 0

@@ -6,9 +6,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lit_callbacks._deepspeed import engine_of
 from lit_callbacks._errors import SetupError
 from lit_callbacks._evaluation import EvaluationHooks
-from lit_callbacks._facts import amp_scale, parameters
+from lit_callbacks._facts import amp_scale, own_norms, own_weights
 from lit_callbacks._histograms import histogram, show_histogram
 from lit_callbacks._ranks import Measurement
 from lit_callbacks._shards import is_sharded, share_norms
@@ -21,6 +22,8 @@ class ParameterStatsLogger(StepObserver, EvaluationHooks):
     The update ratio of a group is :math:`\lVert w_{t+1} - w_t \rVert_2 / \lVert w_t \rVert_2`, where the difference is
     the true one, taken across the optimizer's step: with weight decay, momentum, clipping and a skipped step as they
     were. About 1e-3 is usual for Adam in mid-training; much more is unstable, much less is hardly learning.
+
+    Under DeepSpeed the weights are those in full precision, of which each rank has a part.
 
     With ``histograms``, W&B and TensorBoard loggers get one of the weights and one of the unclipped, unscaled,
     accumulated gradients of each group; values that are not finite cannot be in a histogram, so their number is logged
@@ -41,8 +44,8 @@ class ParameterStatsLogger(StepObserver, EvaluationHooks):
         histograms: Also send histograms to the loggers that can show them.
 
     Raises:
-        ValueError: If ``every_n_steps`` is below 1; at fit start if a glob matches nothing; at setup under
-            DeepSpeed.
+        ValueError: If ``every_n_steps`` is below 1; at fit start if a glob matches nothing, or under a
+            DeepSpeed without ZeRO or of another build than is known.
 
     State: none.
 
@@ -55,6 +58,7 @@ class ParameterStatsLogger(StepObserver, EvaluationHooks):
     """
 
     serves_shards = True
+    serves_zero = True
 
     def __init__(self, every_n_steps: int = 50, groups: list[str] | None = None, histograms: bool = False) -> None:
         super().__init__(every_n_steps, groups)
@@ -63,7 +67,7 @@ class ParameterStatsLogger(StepObserver, EvaluationHooks):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse histograms of what no rank has."""
         super().on_fit_start(trainer, pl_module)
-        if self.histograms and is_sharded(pl_module):
+        if self.histograms and (is_sharded(pl_module) or engine_of(trainer) is not None):
             raise SetupError(
                 "ParameterStatsLogger(histograms=True) needs whole parameters, and each rank has a part of them here. "
                 "Leave histograms out."
@@ -72,20 +76,22 @@ class ParameterStatsLogger(StepObserver, EvaluationHooks):
     def before(self, trainer: Trainer, step: Step) -> None:
         """Keep the weights; and their histograms, while the gradient is not clipped."""
         assert self.parameter_groups is not None
-        trained = [p for p in parameters(step.optimizer) if p.requires_grad]
-        step.found["before"] = [p.detach().clone() for p in trained]
+        trained, weights = own_weights(trainer, step.optimizer)
+        step.found["before"] = [weight.clone() for weight in weights]
         step.found["trained"] = trained
         step.found["present"] = set(self.parameter_groups.sort(trained))
-        step.found["weights"] = self.parameter_groups.place(trained, share_norms(step.found["before"], of=trained))
+        norms = own_norms(trainer, step.found["before"], trained)
+        step.found["weights"] = self.parameter_groups.place(trained, norms)
         if self.histograms:
             self._show_histograms(trainer, step)
 
     def after(self, trainer: Trainer, step: Step) -> None:
         """The norm of the step, taken right after it."""
         assert self.parameter_groups is not None
-        before, trained = step.found.pop("before"), step.found.pop("trained")
-        torch._foreach_sub_(before, [p.detach() for p in trained])
-        step.found["updates"] = self.parameter_groups.place(trained, share_norms(before, of=trained))
+        before = step.found.pop("before")
+        trained, weights = own_weights(trainer, step.optimizer)
+        torch._foreach_sub_(before, weights)
+        step.found["updates"] = self.parameter_groups.place(trained, own_norms(trainer, before, trained))
 
     def _show_histograms(self, trainer: Trainer, step: Step) -> None:
         assert self.parameter_groups is not None

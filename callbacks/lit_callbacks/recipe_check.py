@@ -45,6 +45,7 @@ class RecipeCheck(Member):
     """
 
     serves_shards = True
+    serves_zero = True
 
     order = 0
 

@@ -62,6 +62,7 @@ class ThroughputLogger(Observer, EvaluationHooks):
     """
 
     serves_shards = True
+    serves_zero = True
 
     def __init__(self, every_n_steps: int = 50) -> None:
         super().__init__(every_n_steps)

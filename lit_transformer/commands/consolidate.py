@@ -6,6 +6,7 @@ from typing import Any
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 
 from lit_callbacks.checkpointing import AtomicCheckpointIO
+from lit_transformer.commands import zero_parts
 from lit_transformer.commands.checkpoints import chosen, is_in_parts, load_checkpoint
 from lit_transformer.commands.parser import CommandParser
 from lit_transformer.errors import UsageError
@@ -42,6 +43,8 @@ def whole(folder: Path) -> dict[str, Any]:
 
     Cost: all of it in memory.
     """
+    if zero_parts.is_of_deepspeed(folder):
+        return zero_parts.whole(folder)
     checkpoint = _load_distributed_checkpoint(folder)
     if "model" in checkpoint:  # as FSDP1 calls it
         checkpoint["state_dict"] = checkpoint.pop("model")

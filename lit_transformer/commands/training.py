@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.memory import is_oom_error
 import lit_callbacks
 from lit_transformer.commands.checkpoints import (
     find_run,
+    is_in_parts,
     load_checkpoint,
     locate,
     read_checkpoint,
@@ -150,9 +151,14 @@ class TrainingCLI(LightningCLI):
             run = RunFolder(self.root / settings.run)
             self.run = run if run.owns(settings.ckpt_path) else None
         if settings.ckpt_path is not None:
-            name = str(settings.trainer.strategy).lower()
-            sharded = "fsdp" in name or "modelparallel" in name
+            strategy = str(settings.trainer.strategy).lower()
+            sharded = any(name in strategy for name in ("fsdp", "modelparallel", "deepspeed"))
             self.checkpoint = load_checkpoint(settings.ckpt_path, weights=not sharded)
+            if "deepspeed" in strategy and not is_in_parts(settings.ckpt_path):
+                raise UsageError(
+                    f"{settings.ckpt_path} is one file, and DeepSpeed goes on from a folder that it has saved itself; "
+                    "take the weights of the file by model.init_args.init_from, or another strategy"
+                )
 
     def _go_on(self, run: RunFolder) -> str | None:
         """The checkpoint that a run goes on from; None where it was killed before its first: it begins anew."""
@@ -181,6 +187,8 @@ class TrainingCLI(LightningCLI):
             how = "" if self.run is None else resume_command(self.run, self.root, str(self.run.last_good))
             raise TrainingStopped(f"{error}\n  {how}".rstrip()) from error
         except RuntimeError as error:
+            if "DeepSpeed strategy is only supported on CUDA" in str(error):
+                raise UsageError(f"{error} Take strategy ddp, or fsdp2") from error
             if not is_oom_error(error):
                 raise
             raise UsageError(self._room(error)) from error

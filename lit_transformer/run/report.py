@@ -12,7 +12,7 @@ from lit_transformer.module import LitTransformer
 from lit_transformer.nn import generate
 from lit_transformer.nn.summary import summarize
 from lit_transformer.objectives import IGNORED
-from lit_transformer.parallel import shards
+from lit_transformer.parallel import shards, size_of
 from lit_transformer.run.folder import RunFolder
 from lit_transformer.task import LitTask
 from lit_transformer.tasks import LitCausalLM, LitPretrained, LitSeq2Seq
@@ -54,8 +54,8 @@ class FitReport(Callback):
         self._started = time.monotonic()
         if not trainer.is_global_zero:
             return
-        parameters = sum(p.numel() for p in pl_module.parameters())
-        frozen = sum(p.numel() for p in pl_module.parameters() if not p.requires_grad)
+        parameters = sum(size_of(p) for p in pl_module.parameters())
+        frozen = sum(size_of(p) for p in pl_module.parameters() if not p.requires_grad)
         count = f"{parameters:,} parameters" + (f", {frozen:,} of them frozen" if frozen else "")
         print(f"Model: {type(pl_module).__name__}, {count}, {self._shape(pl_module)}")
         if self._costs:

@@ -87,7 +87,7 @@ def load_verified(path: Path, map_location: Any = "cpu", weights_only: bool | No
     Raises:
         CheckpointError: If it is missing, torn or changed, or holds anything but plain data.
     """
-    rest = path / "meta.pt"  # what is no weight and no optimizer state
+    rest = _rest_of(path)
     if not path.is_file() and not rest.is_file():
         what = "a link to a file that is gone" if path.is_symlink() else "no file"
         raise CheckpointError(f"there is no checkpoint {path}: it is {what}")
@@ -112,6 +112,12 @@ def load_verified(path: Path, map_location: Any = "cpu", weights_only: bool | No
     except Exception as error:
         raise CheckpointError(f"the checkpoint {path} cannot be read: {_first_line(error)}") from error
     return loaded
+
+
+def _rest_of(folder: Path) -> Path:
+    """Where a checkpoint in parts has what is no weight and no optimizer state."""
+    of_deepspeed = sorted((folder / "checkpoint").glob("*model_states.pt"))
+    return of_deepspeed[0] if of_deepspeed else folder / "meta.pt"
 
 
 def remove(path: Path) -> None:

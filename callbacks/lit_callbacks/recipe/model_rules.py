@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from lit_callbacks._deepspeed import numel
 from lit_callbacks.gradual_unfreezing import GradualUnfreezing
 from lit_callbacks.recipe.finding import rule
 from lit_callbacks.recipe.plan import Plan
@@ -83,8 +84,8 @@ def little_data(plan: Plan) -> Found:
     for module in plan.module.modules():
         if not (pretrained := getattr(getattr(module, "config", None), "_name_or_path", "")):
             continue
-        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        if 2 * trained > sum(p.numel() for p in module.parameters()):
+        trained = sum(numel(p) for p in module.parameters() if p.requires_grad)
+        if 2 * trained > sum(numel(p) for p in module.parameters()):
             text = f"{samples:,} samples train {trained:,} parameters of {pretrained}."
             yield text, f"Below {_LITTLE:,}, freeze all but the head; or use LoRA, or GradualUnfreezing."
             return

@@ -7,20 +7,24 @@ from typing import Any
 
 from lit_callbacks.health.remarks import count
 from lit_callbacks.health.series import Course, Series, course, loss_key
-from lit_callbacks.health.signs import DEAD, Sign, first_signs
+from lit_callbacks.health.signs import DEAD, Sign, first_signs, order
 
-_HORIZON = 500
-"""Steps before trouble in which a sign counts as its first: those in which the budget of LossSpikeRecovery is spent."""
+_HORIZON, _NEAR = 500, 100
+"""Steps before trouble in which an alarm, or else a value out of line, counts as its first sign.
+
+The first is how long LossSpikeRecovery remembers a rollback. The second is two measurements at the default cadence; the
+longest that a value has been measured to lead the loss was 57 steps.
+"""
 _EPISODE = 12  # steps between two actions of one episode: the patience of LossSpikeRecovery
 _ACTIONS = ("skip", "rollback", "accept", "stop")
 _JUDGED = 20  # values of the loss, fewer of which say nothing about learning
 _UNIFORM = 0.99  # as for AttentionEntropyMonitor
 _ADVICE = {
-    "gradient": "Lower the learning rate, warm up for longer, or clip with gradient_clip_val=1.0.",
-    "attention": "Lower the learning rate, warm up for longer, or normalise queries and keys (qk_norm).",
-    "residual": "Lower the learning rate; look at initialisation and norm placement (pre-LN is calmer than post-LN).",
-    "neurons": "Lower the learning rate, warm up for longer, or take GELU or SwiGLU in place of ReLU.",
-    "not_finite": "Look at the module and the batch that are named; in fp16 take precision='bf16-mixed'.",
+    "gradient": "What to do: lower the learning rate, warm up for longer, or clip with gradient_clip_val=1.0.",
+    "attention": "What to do: lower the learning rate, warm up for longer, or normalise queries and keys (qk_norm).",
+    "residual": "What to do: lower the learning rate; look at initialisation and norm placement.",
+    "neurons": "What to do: lower the learning rate, warm up for longer, or take GELU or SwiGLU in place of ReLU.",
+    "not_finite": "What to do: look at the module and the batch that are named; in fp16 take precision='bf16-mixed'.",
 }
 
 
@@ -85,7 +89,9 @@ def diagnose(series: Series, events: Sequence[Mapping[str, Any]]) -> Diagnosis:
         return _trouble("diverging", _diverging(loss, judged[-1][1]), loss.rises_from, series, events, done)
     if reason := _not_learning(loss, len(judged), series, events):
         warned = [e["step"] for e in events if e.get("alarm") == "attention_uniform" or e.get("id") == "not-learning"]
-        advice = "Look at warm-up and learning rate; with post-LN, warm up or take pre-LN; see that labels fit inputs."
+        advice = (
+            "What to do: look at learning rate and warm-up; with post-LN warm up; see that labels fit their inputs."
+        )
         return Diagnosis("not learning", "", min(warned, default=None), (f"Not learning: {reason}.", *done, advice))
     if signs := _unanswered(series, events, actions, end):
         text = "At risk: the loss is well so far, but there was an alarm that nothing answered."
@@ -100,10 +106,11 @@ def _trouble(
     verdict: str, text: str, onset: int, series: Series, events: Sequence[Mapping[str, Any]], done: Sequence[str]
 ) -> Diagnosis:
     """Look for the first signs of what was there at ``onset``."""
-    signs = first_signs(series, events, max(0, onset - _HORIZON), onset + _EPISODE)
+    end = onset + _EPISODE
+    signs = [*first_signs({}, events, onset - _HORIZON, end), *first_signs(series, (), onset - _NEAR, end)]
     if signs:
-        return _about(verdict, text, signs, done)
-    unseen = f"No layer was measured out of line in the {_HORIZON} steps before step {onset}: measure more often."
+        return _about(verdict, text, sorted(signs, key=order), done)
+    unseen = f"No layer was measured out of line in the {_NEAR} steps before step {onset}: measure more often."
     return Diagnosis(verdict, "", onset, (text, unseen, *done) if verdict != "recovered" else (text, *done))
 
 
@@ -173,7 +180,7 @@ def _unanswered(
         for key, points in series.items()
         if key.startswith("dead_neurons/") and len(points) and points[-1][1] >= DEAD
     }
-    return sorted([*signs, *first_signs(dead, (), 0, end)], key=lambda sign: sign.step)
+    return sorted([*signs, *first_signs(dead, (), 0, end)], key=order)
 
 
 def _what_was_done(actions: Sequence[Mapping[str, Any]], episodes: int) -> tuple[str, ...]:
@@ -184,9 +191,9 @@ def _what_was_done(actions: Sequence[Mapping[str, Any]], episodes: int) -> tuple
     lost = kinds.count("skip") + sum(max(1, event["step"] - event.get("to_step", event["step"])) for event in went_back)
     parts = [count(kinds.count("skip"), "skipped step")]
     if went_back:
-        parts.append(f"{_times(len(went_back))} the weights went back")
+        parts.append(f"weights put back {_times(len(went_back))}")
     if accepted := kinds.count("accept"):
-        parts.append(f"{_times(accepted)} a new level was accepted")
+        parts.append(f"a new level accepted {_times(accepted)}")
     return (f"What was done: {', '.join(parts)}, in {count(episodes, 'episode')}; it cost {count(lost, 'step')}.",)
 
 

@@ -109,7 +109,7 @@ def _others(kind: str, event: Mapping[str, Any]) -> tuple[str, str, str]:
     if kind == "jump":
         return "the data was suspected", "data was passed over", count(event.get("passed_over", "?"), "batch", "es")
     if kind == "shutdown":
-        place = f", saved in {event['checkpoint']}" if event.get("checkpoint") else ", without a checkpoint"
+        place = f", and was saved in {event['checkpoint']}" if event.get("checkpoint") else ", without a checkpoint"
         return f"the run was asked to stop ({event.get('reason', 'unknown reason')})", f"it did{place}", ""
     if kind == "resume":
         return "the run went on from here", "", ""

@@ -53,7 +53,12 @@ def first_signs(series: Series, events: Sequence[Mapping[str, Any]], begin: int,
     """All signs from step ``begin`` to ``end``, at most one of a series, the earliest and strongest first."""
     near = {key: _between(points, begin, end) for key, points in series.items() if _is_watched(key)}
     found = [*_of_events(events), *_of_series(near, begin)]
-    return sorted((sign for sign in found if begin <= sign.step <= end), key=lambda sign: (sign.step, -sign.strength))
+    return sorted((sign for sign in found if begin <= sign.step <= end), key=order)
+
+
+def order(sign: Sign) -> tuple[int, float]:
+    """The earliest and, of one step, the strongest first."""
+    return sign.step, -sign.strength
 
 
 def alarm_text(alarm: str) -> str:

@@ -122,6 +122,15 @@ def test_a_guard_that_gave_up_has_stopped_the_run():
     assert (found.verdict, found.culprit, found.first_warning_step) == ("stopped", "blocks.1.w", 140)
 
 
+def test_of_a_loss_that_is_not_finite_the_autopsy_alone_names_the_place():
+    bad = skip(100, rule="non_finite_loss", parameter="embedding.weight")
+    alarm = {"step": 100, "event": "alarm", "alarm": "gradient_not_finite", "where": ["embedding.weight"]}
+    assert diagnose({"train/loss": falling()}, [bad, alarm]).culprit == ""
+    assert "embedding" not in str(explain(bad))
+    autopsy = {"step": 100, "event": "autopsy", "phase": "forward", "where": "blocks.1", "text": "made by blocks.1"}
+    assert diagnose({"train/loss": falling()}, [bad, alarm, autopsy]).culprit == "blocks.1"
+
+
 def test_not_learning():
     flat = [(step, 3.0 + 0.01 * (step % 7)) for step in range(200)]
     assert diagnose({"train/loss": flat}, []).verdict == "not learning"

@@ -94,8 +94,8 @@ def diagnose(series: Series, events: Sequence[Mapping[str, Any]]) -> Diagnosis:
         )
         return Diagnosis("not learning", "", min(warned, default=None), (f"Not learning: {reason}.", *done, advice))
     if signs := _unanswered(series, events, actions, end):
-        text = "At risk: the loss is well so far, but there was an alarm that nothing answered."
-        return _about("at risk", text, signs, done)
+        what = "a layer is all but dead" if signs[0].kind == "neurons" else "there was an alarm that nothing answered"
+        return _about("at risk", f"At risk: the loss is well so far, but {what}.", signs, done)
     if episodes:
         text = f"Recovered {_times(len(episodes))}; the loss went on as before."
         return _trouble("recovered", text, episodes[0][0]["step"], series, events, done)

@@ -55,7 +55,9 @@ def explain(event: Mapping[str, Any], series: Series | None = None, where: str =
     if kind in ("skip", "rollback", "accept", "stop"):
         seen = _seen(event, series or {})
         done, cost = _done(kind, step, event)
-        return Remark(step, kind, seen, done, cost, str(event.get("parameter") or where))
+        # With such a loss all gradients are not finite, and which parameter comes first says nothing.
+        parameter = "" if event.get("rule") == "non_finite_loss" else str(event.get("parameter") or "")
+        return Remark(step, kind, seen, done, cost, parameter or where)
     if kind == "alarm":
         names = [str(name) for name in event.get("where") or ()]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""

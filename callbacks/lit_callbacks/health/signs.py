@@ -72,9 +72,11 @@ def alarm_text(alarm: str) -> str:
 
 
 def _of_events(events: Sequence[Mapping[str, Any]]) -> Iterator[Sign]:
+    # With such a loss all gradients are not finite, and which parameter comes first says nothing.
+    bad_losses = {event.get("step") for event in events if event.get("rule") == "non_finite_loss"}
     for event in events:
         step, kind, where = event.get("step"), event.get("event"), event.get("where")
-        if not isinstance(step, int):
+        if not isinstance(step, int) or (step in bad_losses and kind != "autopsy"):
             continue
         if kind == "alarm" and where:
             alarm = str(event.get("alarm"))

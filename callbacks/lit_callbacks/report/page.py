@@ -1,7 +1,9 @@
 """The report as one HTML file that needs nothing else: no server, no network, no library."""
 
+from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from importlib.resources import files
 
 from lit_callbacks.health import Diagnosis, loss_key
@@ -45,9 +47,13 @@ def page(runs: Sequence[Run]) -> str:
 
     own = files("lit_callbacks.report")
     style, script = (Markup((own / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
+    # The browser is told to load nothing, and to run this one script.
+    digest = b64encode(sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
     head = element(
         "head",
         Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
+        Markup(f'<meta http-equiv="Content-Security-Policy" content="{policy}">'),
         Markup('<link rel="icon" href="data:,">'),  # or browsers ask a server for one
         element("title", title),
         element("style", style),

@@ -45,7 +45,7 @@ class Axis:
 
         Example:
             >>> Axis(0, 97, 0, 1).ticks(), Axis(0.02, 3000, 0, 1, log=True).ticks()
-            ([0.0, 20.0, 40.0, 60.0, 80.0], [0.1, 1.0, 10.0, 100.0, 1000.0])
+            ([0, 20, 40, 60, 80], [0.1, 1.0, 10.0, 100.0, 1000.0])
         """
         if self.log and self.high / self.low >= 30:
             powers = range(math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1)

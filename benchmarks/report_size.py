@@ -1,8 +1,8 @@
 """How long does a report take, and how large is it, for a long run?
 
 A made-up run of 100,000 steps with a spike: the loss of every tenth step, gradient norms, entropies, kurtosis and dead
-units of 24 layers and the rest every fiftieth, 40 recoveries. What is read and written is what a real run has. Times are
-of the CPU; starting Python and importing Lightning is measured apart.
+units of 24 layers and the rest every fiftieth, 40 recoveries. What is read and written is what a real run has. Times
+are of the CPU; starting Python and importing Lightning is measured apart.
 
     python benchmarks/report_size.py                   # 100,000 steps
     python benchmarks/report_size.py --every 1         # the loss of every step

@@ -7,7 +7,9 @@ import random
 import re
 import time
 
+import lightning.pytorch
 import pytest
+import torch
 import yaml
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
@@ -108,6 +110,39 @@ def test_the_fault_of_a_real_run_is_marked_where_it_was_injected(make_trainer, t
     assert re.search(r"train_loss: .* \(step (40|41|42)\)", found["tip"])
     assert found["title"].startswith("step 41: the loss was not a finite number; the step was not made; cost 1 step")
     assert "Attention entropy at the end, layer by head" in found["captions"]
+
+
+def test_a_hugging_face_model_with_three_callbacks_has_a_report(make_trainer, tmp_path):
+    hf = pytest.importorskip("transformers")
+
+    class LitGPT2(lightning.pytorch.LightningModule):
+        def __init__(self):
+            super().__init__()
+            config = hf.GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=3, n_head=2)
+            self.model = hf.GPT2LMHeadModel(config)
+
+        def training_step(self, batch, batch_idx):
+            loss = self.model(input_ids=batch["tokens"], labels=batch["tokens"]).loss
+            self.log("train_loss", loss)
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    logger = CSVLogger(tmp_path, name="gpt2", flush_logs_every_n_steps=1)
+    watching = [GradientNormLogger(every_n_steps=5), AttentionEntropyMonitor(every_n_steps=5), LossSpikeRecovery()]
+    injector = FaultInjector([Fault("nan_gradient", step=33, where="model.transformer.h.1.mlp.c_fc.weight")])
+    make_trainer(max_steps=48, logger=logger, callbacks=[*watching, injector]).fit(LitGPT2(), loader())
+    run = read_run(tmp_path / "gpt2")
+    found = run.diagnosis()
+    assert (found.verdict, found.culprit, found.first_warning_step) == (
+        "recovered", "model.transformer.h.1.mlp.c_fc.weight", 33,
+    )  # fmt: skip
+    text = page([run])
+    assert 'data-step="33" data-kind="skip"' in text
+    for layer in range(3):
+        assert f"<title>layer_{layer}</title>" in text
+        assert f"<title>model_transformer_h_{layer}_attn</title>" in text
 
 
 def test_the_browser_would_tell(tmp_path):

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lit_callbacks.health.remarks import count
+from lit_callbacks.health.remarks import count, explain
 from lit_callbacks.health.series import Course, Series, course, loss_key
 from lit_callbacks.health.signs import DEAD, Sign, first_signs, order
 
@@ -111,7 +111,9 @@ def _trouble(
     if signs:
         return _about(verdict, text, sorted(signs, key=order), done)
     unseen = f"No layer was measured out of line in the {_NEAR} steps before step {onset}: measure more often."
-    return Diagnosis(verdict, "", onset, (text, unseen, *done) if verdict != "recovered" else (text, *done))
+    if event := next((event for event in events if event["step"] == onset and event.get("event") in _ACTIONS), None):
+        unseen = f"What was seen first: at step {onset}, {explain(event, series).seen}; in no layer that was measured."
+    return Diagnosis(verdict, "", onset, (text, unseen, *done))
 
 
 def _about(verdict: str, text: str, signs: Sequence[Sign], done: Sequence[str]) -> Diagnosis:

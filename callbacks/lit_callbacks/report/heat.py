@@ -22,27 +22,20 @@ class Scale:
     """Values to levels.
 
     Args:
-        values: Those to be shown.
+        low: The lowest; what is below has the first level.
+        high: The highest.
         worst: Which end is dark.
         log: Whether levels are equal ratios.
-        limits: Lowest and highest value of the levels; by default those of the values.
 
     Example:
-        >>> scale = Scale([], "low", log=False, limits=(0.0, 0.9))
+        >>> scale = Scale(0.0, 0.9, worst="low")
         >>> [scale.level(value) for value in (0.05, 0.89, float("inf"), float("nan"))]
         ['q8', 'q0', 'nf', '']
     """
 
-    def __init__(
-        self,
-        values: Sequence[float],
-        worst: Literal["high", "low"],
-        log: bool,
-        limits: tuple[float, float] | None = None,
-    ) -> None:
-        known = [value for value in values if math.isfinite(value) and (value > 0 or not log)] or [1.0]
+    def __init__(self, low: float, high: float, worst: Literal["high", "low"], log: bool = False) -> None:
         self.log, self.worst = log, worst
-        self.low, self.high = (self._on(value) for value in limits or (min(known), max(known)))
+        self.low, self.high = self._on(low), self._on(high)
 
     def level(self, value: float) -> str:
         """The class of a cell; empty where nothing was measured."""

@@ -42,13 +42,14 @@ class Line(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """An event below the axis, in a row; ``link`` is the id of what tells more."""
+    """An event below the axis, in a row; ``link`` is the id of what tells more, ``value`` the loss it had."""
 
     step: int
     kind: str
     text: str
     link: str
     row: int = 0
+    value: object = None
 
 
 def line_chart(
@@ -71,6 +72,7 @@ def line_chart(
     """
     shown = [(line, envelope(line.points, BUCKETS, reach)) for line in lines if len(line.points)]
     values = [value for _, found in shown for value in (*found.low, *found.high)]
+    values += [mark.value for mark in marks if isinstance(mark.value, float)]
     axis_at = _BOTTOM + _MARK_ROW * (1 + max((mark.row for mark in marks), default=-1))
     x = Axis(reach[0], max(reach[1], reach[0] + 1), LEFT, WIDTH - RIGHT)
     y = number_axis(values, _BOTTOM, _TOP, log)
@@ -79,7 +81,7 @@ def line_chart(
         drawing += _line(line, found, x, y)
     for row, (name, step) in enumerate((signs or {}).items()):
         drawing += _sign(name, x.place(step), _TOP + 14 + 16 * row)
-    drawing += _marks(marks, x)
+    drawing += _marks(marks, x, y)
     drawing.append(Markup(f'<line class="cursor" y1="{_TOP}" y2="{_BOTTOM}"/>'))
     keys = [key(Markup(f'<path class="line {line.kind}" d="M0 5H34"/>'), line.name, 34, 10) for line, _ in shown]
     kinds = dict.fromkeys(mark.kind if mark.kind in _SHAPES else "other" for mark in marks)
@@ -116,8 +118,11 @@ def _sign(name: str, place: float, height: float) -> list[Markup]:
     return [upright, element("text", name, kind="signed", x=f"{place + shift:.1f}", y=height, text_anchor=anchor)]
 
 
-def _marks(marks: Sequence[Mark], x: Axis) -> list[Markup]:
-    """One for each kind and place; those that would lie on top of each other are one, which says how many it is."""
+def _marks(marks: Sequence[Mark], x: Axis, y: Axis) -> list[Markup]:
+    """One for each kind and place, and a ring where its loss was.
+
+    Those that would lie on top of each other are one, which says how many it is.
+    """
     places: dict[tuple[int, str, int], list[Mark]] = {}
     for mark in marks:
         places.setdefault((round(x.place(mark.step) / _TOGETHER), mark.kind, mark.row), []).append(mark)
@@ -133,6 +138,10 @@ def _marks(marks: Sequence[Mark], x: Axis) -> list[Markup]:
             data_step=first.step, data_kind=kind, data_count=len(same), transform=place,
         )  # fmt: skip
         drawn.append(element("a", shape, href=f"#{first.link}"))
+        if known := [mark.value for mark in same if isinstance(mark.value, float)]:
+            drawn.append(
+                Markup(f'<circle class="ring" cx="{x.place(first.step):.1f}" cy="{y.place(max(known)):.1f}" r="4"/>')
+            )
     return drawn
 
 

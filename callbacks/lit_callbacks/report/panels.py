@@ -32,13 +32,17 @@ class HeatPanel(NamedTuple):
     worst: Literal["high", "low"]
     log: bool
     limits: tuple[float, float] | None
+    """Of the levels; without them those of the values, but a logarithmic one begins at ``pale`` at the least."""
     callback: str
+    pale: float = 0.0
 
 
 HEAT_PANELS = (
     HeatPanel("grad_norm/", "Gradient norm", "high", True, None, "GradientNormLogger"),
     HeatPanel("attention_entropy/", "Attention entropy", "low", False, (0.0, 1.0), "AttentionEntropyMonitor"),
-    HeatPanel("residual/kurtosis_", "Kurtosis of the residual stream", "high", True, None, "ActivationStatsMonitor"),
+    HeatPanel(
+        "residual/kurtosis_", "Kurtosis of the residual stream", "high", True, None, "ActivationStatsMonitor", pale=1.0
+    ),
     HeatPanel("dead_neurons/", "Share of dead units", "high", False, (0.0, 1.0), "DeadNeuronDetector"),
 )
 
@@ -73,7 +77,10 @@ def loss_panel(runs: Sequence[Run], told: Sequence[Sequence[Remark]], reach: tup
         keys = dict.fromkeys(name for name in (key, "val/loss", "val_loss") if name in run.series)
         lines += [Line(_called(run, runs, name), run.series[name], 2 * i + j) for j, name in enumerate(keys)]
         whose = "" if len(runs) == 1 else f"{run.name}, "
-        marks += [Mark(r.step, r.kind, f"{whose}{r}", f"event-{i}-{j}", i) for j, r in enumerate(remarks_of_run)]
+        marks += [
+            Mark(remark.step, remark.kind, f"{whose}{remark}", f"event-{i}-{j}", i, event.get("loss"))
+            for j, (remark, event) in enumerate(zip(remarks_of_run, run.events, strict=True))
+        ]
         first = run.diagnosis().first_warning_step
         if first is not None:
             signs[f"first sign{'' if len(runs) == 1 else ' in ' + run.name}: step {first}"] = first
@@ -109,8 +116,19 @@ def heat_panels(run: Run, reach: tuple[int, int]) -> Iterator[Panel]:
 
 
 def _scale(panel: HeatPanel, found: Grid) -> Scale:
-    values = [value for cells in found.cells for value in cells if math.isfinite(value)]
-    return Scale(values, panel.worst, panel.log and is_wide(values), panel.limits)
+    low, high, log = scale_of(panel, found)
+    return Scale(low, high, panel.worst, log)
+
+
+def scale_of(panel: HeatPanel, found: Grid) -> tuple[float, float, bool]:
+    """Lowest and highest level of a map, and whether the levels are logarithmic."""
+    values = [value for cells in found.cells for value in cells if math.isfinite(value)] or [0.0]
+    if panel.limits:
+        return *panel.limits, False
+    if not panel.log or not (panel.pale or is_wide(values)):
+        return min(values), max(values), False
+    low = max(panel.pale, min((value for value in values if value > 0), default=1.0))
+    return low, max(*values, 10 * low), True
 
 
 def layers(series: Mapping[str, Points], section: str) -> dict[str, Points]:

@@ -10,7 +10,7 @@ import numpy as np
 from lit_callbacks.health import loss_key
 from lit_callbacks.report.downsample import envelope
 from lit_callbacks.report.heat import short_names
-from lit_callbacks.report.panels import HEAT_PANELS, layer_grid
+from lit_callbacks.report.panels import HEAT_PANELS, layer_grid, scale_of
 from lit_callbacks.report.run import Run
 from lit_callbacks.report.svg import is_wide
 
@@ -47,10 +47,8 @@ def draw(runs: Sequence[Run], path: Path, dpi: int = 90) -> None:
     axes[0].legend(fontsize=7, frameon=False, ncols=4, loc="upper right")
     for axis, (panel, found) in zip(axes[1:], maps, strict=True):
         cells = np.ma.masked_invalid(np.array(found.cells))
-        known = cells.compressed().tolist()
-        low, high = panel.limits or (min(known, default=0.0), max(known, default=1.0))
-        log = panel.log and is_wide(known)
-        norm = LogNorm(min(value for value in known if value > 0), high, clip=True) if log else Normalize(low, high)
+        low, high, log = scale_of(panel, found)
+        norm = (LogNorm if log else Normalize)(low, high, clip=True)
         colours = "Blues" if panel.worst == "high" else "Blues_r"
         edges, rows = np.array(found.edges), np.arange(len(found.names) + 1)
         shown = axis.pcolormesh(edges, rows, cells, cmap=colours, norm=norm)

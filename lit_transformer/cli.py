@@ -19,6 +19,7 @@ Train transformers that do not blow up.
   lr_find    train at ever higher learning rates for some 200 steps, and suggest one
   batch_size_find
              try ever larger batches, and suggest the largest that fits
+  report     what became of a run, as one HTML file: the verdict, the loss and its events, every layer
   generate   write text from a prompt
   export     the weights of a checkpoint as safetensors with digests, or as Hugging Face loads them
   consolidate
@@ -61,6 +62,10 @@ def _run(words: list[str]) -> None:
         from lit_transformer.commands.generate import main as generate
 
         generate(words[1:])
+    elif words[0] == "report":
+        from lit_transformer.commands.report import main as report
+
+        report(words[1:])
     elif words[0] == "export":
         from lit_transformer.commands.export import main as export
 

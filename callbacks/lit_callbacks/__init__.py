@@ -8,6 +8,7 @@ from lit_callbacks.activation_stats_monitor import ActivationStatsMonitor
 from lit_callbacks.adaptive_gradient_clipping import AdaptiveGradientClipping
 from lit_callbacks.attention_entropy_monitor import AttentionEntropyMonitor
 from lit_callbacks.checkpointing import CheckpointError
+from lit_callbacks.dashboard import Dashboard
 from lit_callbacks.dead_neuron_detector import DeadNeuronDetector
 from lit_callbacks.early_stopping_with_restore import EarlyStoppingWithRestore
 from lit_callbacks.exact_resume import ExactResume
@@ -31,6 +32,7 @@ __all__ = [
     "AdaptiveGradientClipping",
     "AttentionEntropyMonitor",
     "CheckpointError",
+    "Dashboard",
     "DeadNeuronDetector",
     "DivergenceError",
     "EarlyStoppingWithRestore",

@@ -7,6 +7,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lit_callbacks._pictures import logger_kind
+
 BINS = 64
 
 
@@ -55,21 +57,15 @@ def show_histogram(trainer: Trainer, step: int, key: str, shown: Histogram) -> N
     """Send a histogram to every logger that can show it. On rank zero only."""
     loggers: list[Any] = trainer.loggers
     for logger in loggers:
-        kind = _kind(logger)
+        kind = logger_kind(logger)
         if kind == "WandbLogger":
             import numpy as np
             import wandb
 
             picture = wandb.Histogram(np_histogram=(np.array(shown.counts), np.array(shown.edges)))
-            logger.experiment.log({key: picture, "trainer/global_step": step})
+            logger.log_metrics({key: picture}, step=step)
         elif kind == "TensorBoardLogger":
             logger.experiment.add_histogram_raw(
                 key, min=shown.edges[0], max=shown.edges[-1], num=int(sum(shown.counts)), sum=shown.total,
                 sum_squares=shown.squares, bucket_limits=shown.edges[1:], bucket_counts=shown.counts, global_step=step,
             )  # fmt: skip
-
-
-def _kind(logger: object) -> str | None:
-    # By name: `lightning` and `pytorch_lightning` each have their own classes.
-    names = {cls.__name__ for cls in type(logger).__mro__}
-    return next((kind for kind in ("WandbLogger", "TensorBoardLogger") if kind in names), None)

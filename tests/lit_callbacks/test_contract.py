@@ -32,6 +32,7 @@ OBSERVERS = [cls for cls in CALLBACKS if issubclass(cls, Observer)]
 OTHER = {
     "ActivationStatsMonitor": {"modules": "blocks.*"},
     "AttentionEntropyMonitor": {"every_n_steps": 1, "collapse_ratio": 0.3},
+    "Dashboard": {"every_n_steps": 2},
     "DeadNeuronDetector": {"every_n_steps": 1, "window_tokens": 1},
     "GradientNormLogger": {"every_n_steps": 1, "groups": ["parameters", "*.bias"]},
     "ParameterStatsLogger": {"every_n_steps": 1, "groups": ["kinds"]},
@@ -58,6 +59,7 @@ BAD = {
         {"collapse_logit": 0.0},
         {"uniform_after": 0},
     ],
+    "Dashboard": [{"every_n_steps": 0}, {"alert_every_minutes": -1.0}],
     "DeadNeuronDetector": [{"every_n_steps": 0}, {"tau": 1.0}, {"tau": 0}, {"window_tokens": 0}],
     "GradientNormLogger": [{"every_n_steps": 0}, {"groups": [""]}, {"vanishing_rms": -1.0}, {"exploding_ratio": 1.0}],
     "ParameterStatsLogger": [{"every_n_steps": 0}, {"groups": [""]}],

@@ -26,6 +26,7 @@ from lit_callbacks.sequence_length_curriculum import SequenceLengthCurriculum
 from lit_callbacks.shielding import shield
 from lit_callbacks.throughput_logger import ThroughputLogger
 from lit_callbacks.verified_checkpoint import VerifiedCheckpoint
+from lit_callbacks.wandb_workspace import workspace
 
 __all__ = [
     "ActivationStatsMonitor",
@@ -56,4 +57,5 @@ __all__ = [
     "recommended",
     "redacted",
     "shield",
+    "workspace",
 ]

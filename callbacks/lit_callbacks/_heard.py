@@ -19,19 +19,19 @@ _WAITING = 50  # losses, on the device
 
 
 class Heard:
-    """Values over the steps by key, the last value of each head, and the last events."""
+    """Values over the steps by key, the last values of heads and of recovery's counters, and the last events."""
 
     def __init__(self) -> None:
         self.curves: dict[str, Curve] = {}
-        self.heads: dict[str, float] = {}
+        self.last: dict[str, float] = {}
         self.events: list[dict[str, Any]] = []
         self._losses: list[tuple[int, Tensor]] = []
 
     def keep(self, step: int, values: Mapping[str, float]) -> None:
         """Those that heat maps and verdict are made of."""
         for key, value in values.items():
-            if "_head_" in key:
-                self.heads[key] = value
+            if "_head_" in key or key.startswith("loss_spike/"):
+                self.last[key] = value
             elif key.partition("/")[0] in _SECTIONS or key.endswith("loss"):
                 most = _LOSS_POINTS if key == TRAIN_LOSS else _POINTS
                 self.curves.setdefault(key, Curve(most=most)).add(step, value)
@@ -78,12 +78,12 @@ class Heard:
         self.read_losses()
         return {
             "curves": {key: curve.state_dict() for key, curve in self.curves.items()},
-            "heads": dict(self.heads),
+            "last": dict(self.last),
             "events": [dict(event) for event in self.events],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
         self.curves = {key: Curve(**curve) for key, curve in state["curves"].items()}
-        self.heads = dict(state["heads"])
+        self.last = dict(state["last"])
         self.events = [dict(event) for event in state["events"]]

@@ -42,12 +42,12 @@ class HeatMap(NamedTuple):
     log: bool
 
 
-def heat_maps(curves: Mapping[str, Curve], heads: Mapping[str, float]) -> Iterator[HeatMap]:
+def heat_maps(curves: Mapping[str, Curve], last: Mapping[str, float]) -> Iterator[HeatMap]:
     """Those that there are values for; over time, at two steps at least.
 
     Args:
         curves: Of each key of ``grad_norm/`` and ``dead_neurons/``, over the steps.
-        heads: The last value of each ``attention_entropy/<layer>_head_<i>``.
+        last: Among others the last value of each ``attention_entropy/<layer>_head_<i>``.
 
     Example:
         >>> heads = {"attention_entropy/a_head_0": 0.5, "attention_entropy/a_head_1": 0.75}
@@ -55,7 +55,7 @@ def heat_maps(curves: Mapping[str, Curve], heads: Mapping[str, float]) -> Iterat
         >>> shown.rows, shown.columns, shown.values.tolist()
         (['a'], [0, 1], [[0.5, 0.75]])
     """
-    if found := {match.groups(): value for key, value in heads.items() if (match := _HEAD.fullmatch(key))}:
+    if found := {match.groups(): value for key, value in last.items() if (match := _HEAD.fullmatch(key))}:
         layers = list(dict.fromkeys(layer for layer, _ in found))
         numbers = sorted({int(head) for _, head in found})
         values = np.array([[found.get((layer, str(head)), np.nan) for head in numbers] for layer in layers])

@@ -145,8 +145,8 @@ class Dashboard(Member):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the validation loss."""
+        metrics = trainer.callback_metrics  # on all ranks, as reading them may reduce them
         if self._trainer is not None and not trainer.sanity_checking:
-            metrics = trainer.callback_metrics
             losses = {key: float(metrics[key]) for key in metrics if key.startswith("val") and key.endswith("loss")}
             self._heard.keep(trainer.global_step - 1, losses)
 
@@ -174,7 +174,7 @@ class Dashboard(Member):
         begin, step = time.monotonic(), max(self._trainer.global_step - 1, 0)
         if step != self._shown_at:
             self._shown_at = step
-            for shown in heat_maps(self._heard.curves, self._heard.heads):
+            for shown in heat_maps(self._heard.curves, self._heard.last):
                 show_picture(self._trainer, step, shown.key, draw(shown), self._folder)
         self._spent += time.monotonic() - begin
 
@@ -194,8 +194,7 @@ class Dashboard(Member):
     def _show_verdict(self) -> None:
         assert self._trainer is not None
         self.diagnosis = found = diagnose(self._heard.series(), self._heard.events)
-        metrics = self._trainer.callback_metrics
-        counters = {name: float(metrics.get(f"loss_spike/{name}", 0)) for name in ("rollbacks", "steps_lost")}
+        counters = {name: self._heard.last.get(f"loss_spike/{name}", 0.0) for name in ("rollbacks", "steps_lost")}
         columns = {"verdict": found.verdict, "culprit": found.culprit, "first_warning_step": found.first_warning_step}
         for run in wandb_runs(self._trainer):
             run.summary.update({f"health/{name}": value for name, value in (columns | counters).items()})

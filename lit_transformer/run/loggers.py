@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from lit_transformer.errors import UsageError
 from lit_transformer.run.folder import RunFolder
@@ -67,7 +68,7 @@ def _wandb(run: RunFolder, secret_words: bool) -> WandbLogger:
         resume=None if offline else "allow",
         settings={"x_disable_meta": True} if secret_words else None,
     )
-    if not known:
+    if not known and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         run.wandb_id.write_text(str(logger.version), encoding="utf-8")
     return logger
 

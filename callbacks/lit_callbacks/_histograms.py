@@ -1,13 +1,16 @@
-"""Histograms of many tensors at once, and the loggers that can show them."""
+"""Histograms of many tensors at once, for the loggers that can show them, and as a picture for the others."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lit_callbacks._pictures import logger_kind
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BINS = 64
 
@@ -69,3 +72,20 @@ def show_histogram(trainer: Trainer, step: int, key: str, shown: Histogram) -> N
                 key, min=shown.edges[0], max=shown.edges[-1], num=int(sum(shown.counts)), sum=shown.total,
                 sum_squares=shown.squares, bucket_limits=shown.edges[1:], bucket_counts=shown.counts, global_step=step,
             )  # fmt: skip
+
+
+def draw(shown: Mapping[str, Histogram]) -> "Figure":
+    """All of them in one picture, four in a row, for loggers that cannot show any."""
+    from matplotlib.figure import Figure
+
+    columns = 4
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(3 * columns, 1.5 * rows), dpi=80)
+    figure.subplots_adjust(0.03, 0.25 / rows, 0.97, 1 - 0.25 / rows, hspace=0.7)
+    for place, (name, h) in enumerate(shown.items()):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        axes.stairs(h.counts, h.edges, fill=True, color="#3b6fb6")
+        axes.set_title(name, fontsize=8)
+        axes.set_yticks([])
+        axes.tick_params(labelsize=6)
+    return figure

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 from lightning.pytorch import Trainer
 
 if TYPE_CHECKING:
@@ -35,12 +36,7 @@ def show_picture(trainer: Trainer, step: int, key: str, figure: "Figure", folder
     Raises:
         OSError: If the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.image import imsave
-
-    canvas: Any = FigureCanvasAgg(figure)
-    canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    pixels = _pixels(figure)
     loggers: list[Any] = trainer.loggers
     for logger in loggers:
         kind = logger_kind(logger)
@@ -48,7 +44,35 @@ def show_picture(trainer: Trainer, step: int, key: str, figure: "Figure", folder
             logger.log_image(key, [pixels], step=step)
         elif kind == "TensorBoardLogger":
             logger.experiment.add_image(key, pixels, step, dataformats="HWC")
-    if not loggers or any(logger_kind(logger) is None for logger in loggers):
-        path = folder / "figures" / f"{key.replace('/', '_')}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        imsave(path, pixels)
+    if needs_files(trainer):
+        _save(pixels, key, folder)
+
+
+def needs_files(trainer: Trainer) -> bool:
+    """Whether there is a logger that cannot show pictures, or none."""
+    return not trainer.loggers or any(logger_kind(logger) is None for logger in trainer.loggers)
+
+
+def save_picture(key: str, figure: "Figure", folder: Path) -> None:
+    """Write ``figures/<key>.png`` in the run folder, in place of the last.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    _save(_pixels(figure), key, folder)
+
+
+def _pixels(figure: "Figure") -> npt.NDArray[np.uint8]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _save(pixels: npt.NDArray[np.uint8], key: str, folder: Path) -> None:
+    from matplotlib.image import imsave
+
+    path = folder / "figures" / f"{key.replace('/', '_')}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    imsave(path, pixels)

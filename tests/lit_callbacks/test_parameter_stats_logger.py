@@ -201,3 +201,19 @@ def test_wandb_gets_histograms(make_trainer):
     assert set(shown) == {"param_histogram/head__", "grad_histogram/head__"}
     assert all(isinstance(value, wandb.Histogram) and sum(value.histogram) == 1056 for value in shown.values())
     assert all(step == 0 for step, _ in logged)
+
+
+def test_without_a_logger_that_shows_them_the_last_histograms_are_a_picture(make_trainer, tmp_path):
+    picture = tmp_path / "figures" / "histograms.png"
+    plain, shown = ParameterStatsLogger(), ParameterStatsLogger(every_n_steps=1, histograms=True)
+    make_trainer(callbacks=[plain], max_steps=2).fit(TinyLM(), loader())
+    assert not picture.exists()
+    make_trainer(callbacks=[shown], max_steps=2).fit(TinyLM(), loader())
+    from matplotlib.image import imread
+
+    height, width, _ = imread(picture).shape
+    assert (width, height) == (960, 360)  # four in a row: weights and gradients of two layers and three kinds
+    logger = TensorBoardLogger(tmp_path, name="board", version="")
+    picture.unlink()
+    make_trainer(callbacks=[shown], max_steps=2, logger=logger).fit(TinyLM(), loader())
+    assert not list(tmp_path.rglob("histograms.png"))

@@ -116,8 +116,11 @@ def keep_checkpoints(trainer: Trainer) -> None:
     aliases: dict[str, list[str]] = {}
     for callback in callbacks:
         if isinstance(callback, Checkpoint):
-            for alias in ("last", "best"):
-                if (path := getattr(callback, f"{alias}_model_path", "")) and Path(path).exists():
+            best, last = (str(getattr(callback, f"{which}_model_path", "")) for which in ("best", "last"))
+            # Without a monitor the "best" is the newest.
+            found = {"best": best, "last": last} if getattr(callback, "monitor", None) else {"last": last or best}
+            for alias, path in found.items():
+                if path and Path(path).exists():
                     aliases.setdefault(path, []).append(alias)
     for run in wandb_runs(trainer):
         for path, names in aliases.items():
@@ -126,4 +129,4 @@ def keep_checkpoints(trainer: Trainer) -> None:
                 artifact.add_dir(path)
             else:
                 artifact.add_file(path, policy="immutable")  # not copied first
-            run.log_artifact(artifact, aliases=list(dict.fromkeys(names)))
+            run.log_artifact(artifact, aliases=names)

@@ -1,6 +1,5 @@
 """Where metrics go: the run folder always, W&B and TensorBoard when asked."""
 
-import netrc
 import os
 import secrets
 from collections.abc import Callable
@@ -13,8 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lit_transformer.errors import UsageError
 from lit_transformer.run.folder import RunFolder
 from lit_transformer.run.metrics_file import MetricsFile
-
-_WANDB_HOST = "api.wandb.ai"
+from lit_transformer.run.wandb_server import why_offline
 
 
 def make_loggers(
@@ -58,25 +56,20 @@ def make_loggers(
 
 def _wandb(run: RunFolder, secret_words: bool) -> WandbLogger:
     known = run.wandb_id.exists()
-    offline = os.environ.get("WANDB_MODE") == "offline" or not _has_wandb_key()
+    reason = why_offline()
+    if reason is not None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        print(
+            f"W&B: this run is kept offline, as {reason}. To send it later: wandb sync {run.path}/wandb/offline-run-*"
+        )
     logger = WandbLogger(
         name=run.path.name,
         save_dir=run.path,
         id=run.wandb_id.read_text(encoding="utf-8") if known else secrets.token_hex(4),
         project=os.environ.get("WANDB_PROJECT", "lit-transformer"),
-        offline=offline,
-        resume=None if offline else "allow",
+        offline=reason is not None,
+        resume=None if reason else "allow",
         settings={"x_disable_meta": True} if secret_words else None,
     )
     if not known and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         run.wandb_id.write_text(str(logger.version), encoding="utf-8")
     return logger
-
-
-def _has_wandb_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators(os.environ.get("WANDB_BASE_URL", _WANDB_HOST)) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

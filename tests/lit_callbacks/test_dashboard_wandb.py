@@ -57,11 +57,11 @@ def wandb_file(tmp_path_factory):
             LossSpikeRecovery(),
             Dashboard(every_n_steps=8, checkpoints=True),
         ]
-        saves = ModelCheckpoint(folder / "saved", monitor="val/loss")
+        saves = [ModelCheckpoint(folder / "best", monitor="val/loss"), ModelCheckpoint(folder / "last")]
         trainer = make_trainer(
             max_epochs=2,
             logger=logger,
-            callbacks=[*callbacks, saves],
+            callbacks=[*callbacks, *saves],
             enable_checkpointing=True,
             default_root_dir=folder,
         )
@@ -118,9 +118,10 @@ def test_alerts_tags_and_configuration(wandb_file):
 
 
 def test_checkpoints_are_kept_on_request(wandb_file):
-    (artifact,) = [artifact for artifact in wandb_file.artifacts if artifact.type == "model"]
-    assert artifact.name.startswith("checkpoint-")
-    assert "best" in artifact.aliases
+    kept = [artifact for artifact in wandb_file.artifacts if artifact.type == "model"]
+    assert [set(artifact.aliases) - {"latest"} for artifact in kept] == [{"best"}, {"last"}]
+    assert {artifact.name[: len("checkpoint-")] for artifact in kept} == {"checkpoint-"}
+    assert all(artifact.manifest.contents[0].size > 1000 for artifact in kept)
 
 
 def test_nothing_secret_is_in_it(wandb_file):

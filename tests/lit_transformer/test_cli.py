@@ -255,11 +255,14 @@ def test_wandb_and_tensorboard_are_one_word_each(cli, monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     often = [f"--{name}.every_n_steps=5" for name in ("gradient_norm_logger", "attention_entropy_monitor")]
     dead = ["--dead_neuron_detector.every_n_steps=2", "--dead_neuron_detector.window_tokens=64"]
     fit = ["fit", "--config", "config.yaml", "--run", "a", "--wandb", "true", "--tensorboard", "true", *often, *dead]
     outcome = cli(*fit)
     assert outcome.code == 0
+    assert "W&B: this run is kept offline, as there is no API key" in outcome.out
     assert "send it with wandb sync" in outcome.out
     wandb.finish()
     run = WandbFile("runs/a")  # offline, as there is no key

@@ -15,6 +15,7 @@ from helpers import MemoryLogger, make_trainer
 from lit_callbacks import (
     ActivationStatsMonitor,
     AttentionEntropyMonitor,
+    Dashboard,
     DeadNeuronDetector,
     ExactResume,
     GradientNormLogger,
@@ -101,7 +102,7 @@ def fit(
         callbacks=[
             losses, GradientNormLogger(5), ParameterStatsLogger(5), AttentionEntropyMonitor(5), DeadNeuronDetector(5),
             ActivationStatsMonitor(5), ThroughputLogger(5), ExactResume(), checkpoint,
-            LossSpikeRecovery(snapshot_every_n_steps=5),
+            LossSpikeRecovery(snapshot_every_n_steps=5), Dashboard(every_n_steps=10),
         ],
     )  # fmt: skip
     trainer.fit(task, data, ckpt_path=resume)

@@ -23,7 +23,7 @@ from lit_callbacks._wandb_runs import Alerts, introduce, keep_checkpoints, log_e
 from lit_callbacks.health import Diagnosis, diagnose
 
 _LOSS_EVERY = 10  # optimizer steps
-_SHARE = 0.005  # of the run's time, for pictures
+_SHARE = 0.002  # of the run's time, for pictures
 
 
 class Dashboard(Member):
@@ -59,7 +59,7 @@ class Dashboard(Member):
     State: for the heat maps and the verdict, at most 128 points of each key and the last 200 events.
 
     Cost: on rank zero one read by the host in 500 steps. Heat maps take about 0.2 s each and are left out while they
-    have taken more than 0.5 % of the run's time.
+    have taken more than 0.2 % of the run's time.
 
     Example:
         >>> Dashboard(alert_every_minutes=30).every_n_steps

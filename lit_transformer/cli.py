@@ -24,6 +24,7 @@ Train transformers that do not blow up.
   export     the weights of a checkpoint as safetensors with digests, or as Hugging Face loads them
   consolidate
              a checkpoint that a sharded run saved in parts, as one file
+  dashboard  save a W&B workspace with the charts that matter
 
 {program} COMMAND --help lists the settings of a command; fit --print_config prints them all with their values.
 --config takes a file, or the name of a shipped one ({names}); more than one are merged, flags win.
@@ -74,6 +75,10 @@ def _run(words: list[str]) -> None:
         from lit_transformer.commands.consolidate import main as consolidate
 
         consolidate(words[1:])
+    elif words[0] == "dashboard":
+        from lit_transformer.commands.dashboard import main as dashboard
+
+        dashboard(words[1:])
     elif words[0] == "check":
         from lit_transformer.commands.check import main as check
 

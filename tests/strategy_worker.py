@@ -22,6 +22,7 @@ from lit_callbacks import (
     ActivationStatsMonitor,
     AdaptiveGradientClipping,
     AttentionEntropyMonitor,
+    Dashboard,
     DeadNeuronDetector,
     ExactResume,
     GradientNormLogger,
@@ -161,7 +162,7 @@ def fit(folder, text, strategy, *, accumulate, clip, precision, trouble, steps=S
         callbacks=[
             losses, GradientNormLogger(5), ParameterStatsLogger(5), AttentionEntropyMonitor(5), DeadNeuronDetector(5),
             ActivationStatsMonitor(5), ThroughputLogger(5), ExactResume(), checkpoint,
-            LossSpikeRecovery(snapshot_every_n_steps=5),
+            LossSpikeRecovery(snapshot_every_n_steps=5), Dashboard(every_n_steps=10),
         ],
     )  # fmt: skip
     trainer.fit(task, data, ckpt_path=resume)

@@ -48,8 +48,8 @@ class AdaptiveGradientClipping(Actor):
 
     Raises:
         ValueError: If an argument is out of range; at setup in manual optimization, under DeepSpeed, which
-            clips by itself, with ``gradient_clip_val`` set, or if another one is among the callbacks; at fit start if the
-            optimizer is LBFGS, or is fused while a GradScaler is in use.
+            clips by itself, with ``gradient_clip_val`` set, or if another one is among the callbacks; at fit start if
+            the optimizer is LBFGS, or is fused while a GradScaler is in use.
 
     State: both averages and the norms of the warm-up.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_callbacks._cadence import Cadence
+from lit_callbacks._deepspeed import step_follows
 from lit_callbacks._events import run_folder
 from lit_callbacks._facts import facts_of
 from lit_callbacks._heard import Heard
@@ -54,7 +55,7 @@ class Dashboard(Member):
         checkpoints: Also keep the last and the best checkpoint as a W&B artifact when fit ends.
 
     Raises:
-        ValueError: If an argument is out of range, or at setup under FSDP1 and DeepSpeed.
+        ValueError: If an argument is out of range.
 
     State: for the heat maps and the verdict, at most 128 points of each key and the last 200 events.
 
@@ -68,6 +69,7 @@ class Dashboard(Member):
 
     order = 4
     serves_shards = True
+    serves_zero = True
 
     def __init__(self, every_n_steps: int = 1000, alert_every_minutes: float = 5.0, checkpoints: bool = False) -> None:
         self._cadence, self._loss_cadence = Cadence(every_n_steps), Cadence(_LOSS_EVERY)
@@ -131,7 +133,7 @@ class Dashboard(Member):
         """Keep the loss of every tenth step, on the device for now."""
         if self._trainer is None or optimizer is not trainer.optimizers[0]:
             return
-        if self._loss_cadence.due(trainer.global_step):
+        if step_follows(trainer) and self._loss_cadence.due(trainer.global_step):
             self._heard.keep_loss(trainer.global_step, facts_of(trainer).losses(trainer).mean())
 
     def on_train_batch_end(

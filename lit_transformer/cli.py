@@ -19,6 +19,7 @@ Train transformers that do not blow up.
   lr_find    train at ever higher learning rates for some 200 steps, and suggest one
   batch_size_find
              try ever larger batches, and suggest the largest that fits
+  memory     what each strategy holds on a device: parameters, gradients, states, activations; what fits
   generate   write text from a prompt
   export     the weights of a checkpoint as safetensors with digests, or as Hugging Face loads them
   consolidate
@@ -81,6 +82,10 @@ def _run(words: list[str]) -> None:
         from lit_transformer.commands.batch_size_find import main as batch_size_find
 
         batch_size_find(words[1:])
+    elif words[0] == "memory":
+        from lit_transformer.commands.memory import main as memory
+
+        memory(words[1:])
     elif words[0] == "plot_schedule":
         from lit_transformer.commands.plot_schedule import main as plot_schedule
 

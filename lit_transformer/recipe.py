@@ -109,10 +109,14 @@ class LitRecipe(LightningModule):
             self.trainer.accumulate_grad_batches = geometry.accumulation
             self._geometry = geometry
 
+    def groups_to_train(self) -> list[dict[str, Any]]:
+        """What the optimizer is made of: parameters with their settings, by group."""
+        apart = bool(getattr(factory_target(self.optimizer_factory), "hidden_apart", False))
+        return self.param_groups.build(self, apart)
+
     def configure_optimizers(self) -> Any:
         """One optimizer; the schedule steps with it and is logged as ``lr/<group>``."""
-        apart = bool(getattr(factory_target(self.optimizer_factory), "hidden_apart", False))
-        groups = self.param_groups.build(self, apart)
+        groups = self.groups_to_train()
         try:
             optimizer = self.optimizer_factory(groups)
         except ValueError as error:

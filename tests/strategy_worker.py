@@ -56,6 +56,28 @@ class Losses(Callback):
         self.found.setdefault(self.step, []).append(float(outputs["loss"]) / trainer.accumulate_grad_batches)
 
 
+class Bytes(Callback):
+    """What this rank holds at the end of the last step, and in each of recovery's snapshots."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        def size(tensors):
+            return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
+
+        states = [t for state in trainer.optimizers[0].state.values() for t in state.values()]
+        recovery = next(c for c in trainer.callbacks if isinstance(c, LossSpikeRecovery))
+        rings = [recovery._rewinder._ring] if recovery._rewinder and recovery._rewinder._ring else []
+        self.found = {
+            "parameters": size(p.data for p in pl_module.parameters()),
+            "gradients": size(p.grad for p in pl_module.parameters() if p.grad is not None),
+            "states": size(states),
+            "snapshots": [
+                next(iter(snapshot._saved.values())).untyped_storage().nbytes()
+                for ring in rings
+                for snapshot in ring.snapshots
+            ],
+        }
+
+
 class Task(LitCausalLM):
     """Training in which something happens: a loss that is not a number on one rank, a wild batch, damaged weights."""
 
@@ -92,15 +114,15 @@ def fit(
     task.trouble = trouble
     # The same global batch: one process takes in one micro-batch what two take in theirs.
     data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=8 // devices)
-    losses, logger = Losses(), MemoryLogger()
+    losses, sizes, logger = Losses(), Bytes(), MemoryLogger()
     checkpoint = VerifiedCheckpoint(folder, "{step}", every_n_train_steps=10, save_top_k=-1)
     trainer = make_trainer(
         strategy="auto" if strategy == "single" else strategy, devices=devices, max_steps=steps, max_epochs=-1,
         accumulate_grad_batches=accumulate, gradient_clip_val=clip, precision=precision, limit_val_batches=0,
         logger=logger, enable_checkpointing=True, default_root_dir=folder,
         callbacks=[
-            losses, GradientNormLogger(5), ParameterStatsLogger(5), AttentionEntropyMonitor(5), DeadNeuronDetector(5),
-            ActivationStatsMonitor(5), ThroughputLogger(5), ExactResume(), checkpoint,
+            losses, sizes, GradientNormLogger(5), ParameterStatsLogger(5), AttentionEntropyMonitor(5),
+            DeadNeuronDetector(5), ActivationStatsMonitor(5), ThroughputLogger(5), ExactResume(), checkpoint,
             LossSpikeRecovery(snapshot_every_n_steps=5),
         ],
     )  # fmt: skip
@@ -115,6 +137,7 @@ def fit(
         "logged": logged,
         "weights": {name: whole(p).double().abs().sum().item() for name, p in task.named_parameters()},
         "position": data.position(),
+        "bytes": sizes.found,
     }
 
 

@@ -4,13 +4,17 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+import strategy_worker
 from helpers import two_ranks
-from strategy_worker import CASES, fit
+from lit_transformer.memory import Load, held_by, optimizer_states, uses
+from strategy_worker import CASES, Task, fit
 from tiny_config import CONFIG
 
 
@@ -25,6 +29,14 @@ def text(tmp_path_factory):
 def single(text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("single")
     return {name: fit(folder / name, text, "single", **case) for name, case in CASES.items()}
+
+
+def load():
+    """What `fit` of the worker has to hold, counted on nothing, with one snapshot."""
+    with torch.device("meta"):
+        task = Task(strategy_worker.CONFIG, partial(torch.optim.AdamW, lr=3e-3), schedule=None)
+    states = optimizer_states(task.optimizer_factory, task.groups_to_train())
+    return Load(held_by(task, states), activations=None, keep_snapshots=1)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -52,6 +64,12 @@ def test_two_ranks_do_what_one_process_does(strategy, single, text, tmp_path):
         assert "FSDP2 is for models of ours as yet" in refused["hugging_face"]
         assert "NonFiniteAutopsy serves a single device and DDP, but not yet FSDP2" in refused["autopsy"]
         assert "histograms=True) needs whole parameters" in refused["histograms"]
+    for held, name in ((single["plain"]["bytes"], "one device"), (first["plain"]["bytes"], strategy)):
+        counted = next(use for use in uses(load(), devices=2) if use.strategy == name)
+        assert (counted.parameters, counted.gradients, counted.states) == tuple(
+            held[what] for what in ("parameters", "gradients", "states")
+        )
+        assert [counted.snapshots] * 5 == held["snapshots"], name
     resumed, whole = first["resumed"], first["plain"]
     assert resumed["losses"] == {step: loss for step, loss in whole["losses"].items() if int(step) >= 10}
     assert resumed["weights"] == whole["weights"]

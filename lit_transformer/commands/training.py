@@ -281,7 +281,7 @@ def run_training_command(words: list[str]) -> None:
     """
     quieten()
     if words[0] not in LightningCLI.subcommands():
-        others = ["check", "plot_schedule", "lr_find", "batch_size_find", "generate", "export", "consolidate"]
+        others = ["check", "plot_schedule", "lr_find", "batch_size_find", "memory", "generate", "export", "consolidate"]
         commands = ", ".join([*LightningCLI.subcommands(), *others])
         raise UsageError(f"unknown command {words[0]}; the commands are {commands}")
     TrainingCLI(words)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -19,6 +18,7 @@ from lit_transformer.optim import ParamGroups, Plateau, Schedule, WarmupConstant
 from lit_transformer.optim.schedule_free import AveragedWeights, go_on, is_schedule_free
 from lit_transformer.optim.spec import factory_spec, factory_target, instance_spec, load_factory
 from lit_transformer.optim.total_steps import total_steps
+from lit_transformer.parallel import give_up_whole
 
 
 class LitRecipe(LightningModule):
@@ -122,11 +122,6 @@ class LitRecipe(LightningModule):
         except ValueError as error:
             raise UsageError(f"{factory_target(self.optimizer_factory).__name__}: {error}") from None
         self._averaged = AveragedWeights(optimizer) if is_schedule_free(optimizer) else None
-        if self._averaged is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
-            raise UsageError(
-                f"{type(optimizer).__name__} keeps two sets of weights, which are not saved in parts yet: use another "
-                "optimizer, or strategy ddp"
-            )
         for group in optimizer.param_groups:
             group["lr"] *= group["lr_scale"] * self._lr_scale
         if isinstance(optimizer, torch.optim.Adam):
@@ -168,11 +163,13 @@ class LitRecipe(LightningModule):
     def on_validation_end(self) -> None:
         """Back to the weights that are trained."""
         if self._averaged is not None and self.trainer.state.fn == "fit":
+            give_up_whole(self)
             self._averaged.take_out()
 
     def on_train_end(self) -> None:
         """What a schedule-free optimizer ends with is the average."""
         if self._averaged is not None:
+            give_up_whole(self)
             self._averaged.put_in_place()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -201,6 +198,8 @@ class LitRecipe(LightningModule):
         configuration and without a word.
         """
         self._impose()
+        if self._averaged is not None:
+            self._averaged.go_on()
         if self._geometry is not None:
             rank_zero_info(self._geometry.describe())
 
@@ -219,6 +218,7 @@ class LitRecipe(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the batch geometry, what the plateau has seen, and a schedule-free optimizer's other weights."""
         if self._averaged is not None:
+            give_up_whole(self)
             self._averaged.save(self, checkpoint)
         if self._geometry is not None:
             checkpoint["batch_geometry"] = asdict(self._geometry)

@@ -20,6 +20,7 @@ Train transformers that do not blow up.
   batch_size_find
              try ever larger batches, and suggest the largest that fits
   report     what became of a run, as one HTML file: the verdict, the loss and its events, every layer
+  memory     what each strategy holds on a device: parameters, gradients, states, activations; what fits
   generate   write text from a prompt
   export     the weights of a checkpoint as safetensors with digests, or as Hugging Face loads them
   consolidate
@@ -91,6 +92,10 @@ def _run(words: list[str]) -> None:
         from lit_transformer.commands.batch_size_find import main as batch_size_find
 
         batch_size_find(words[1:])
+    elif words[0] == "memory":
+        from lit_transformer.commands.memory import main as memory
+
+        memory(words[1:])
     elif words[0] == "plot_schedule":
         from lit_transformer.commands.plot_schedule import main as plot_schedule
 

@@ -37,9 +37,6 @@ from lit_callbacks._facts import facts_of
 from lit_transformer import (
     LanguageModelingData,
     LitCausalLM,
-    LitPretrained,
-    LitSeq2Seq,
-    SequencePairData,
     TransformerConfig,
     WarmupConstant,
 )
@@ -63,6 +60,33 @@ class Losses(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.found.setdefault(self.step, []).append(float(outputs["loss"]) / trainer.accumulate_grad_batches)
+
+
+class Bytes(Callback):
+    """What this rank holds at the end of the last step, and in each of recovery's snapshots."""
+
+    def __init__(self):
+        self.found = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        def size(tensors):
+            return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
+
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            return
+        states = [t for state in trainer.optimizers[0].state.values() for t in state.values()]
+        recovery = next(c for c in trainer.callbacks if isinstance(c, LossSpikeRecovery))
+        rings = [recovery._rewinder._ring] if recovery._rewinder and recovery._rewinder._ring else []
+        self.found = {
+            "parameters": size(p.data for p in pl_module.parameters()),
+            "gradients": size(p.grad for p in pl_module.parameters() if p.grad is not None),
+            "states": size(states),
+            "snapshots": [
+                next(iter(snapshot._saved.values())).untyped_storage().nbytes()
+                for ring in rings
+                for snapshot in ring.snapshots
+            ],
+        }
 
 
 class Task(LitCausalLM):
@@ -153,15 +177,15 @@ def fit(folder, text, strategy, *, accumulate, clip, precision, trouble, steps=S
     task.trouble = trouble
     # The same global batch: one process takes in one micro-batch what two take in theirs.
     data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=8 // devices)
-    losses, logger = Losses(), MemoryLogger()
+    losses, sizes, logger = Losses(), Bytes(), MemoryLogger()
     checkpoint = VerifiedCheckpoint(folder, "{step}", every_n_train_steps=10, save_top_k=-1)
     trainer = make_trainer(
         strategy=STRATEGIES[strategy](), devices=devices, max_steps=steps, max_epochs=-1,
         accumulate_grad_batches=accumulate, gradient_clip_val=clip, precision=precision, limit_val_batches=0,
         logger=logger, enable_checkpointing=True, default_root_dir=folder,
         callbacks=[
-            losses, GradientNormLogger(5), ParameterStatsLogger(5), AttentionEntropyMonitor(5), DeadNeuronDetector(5),
-            ActivationStatsMonitor(5), ThroughputLogger(5), ExactResume(), checkpoint,
+            losses, sizes, GradientNormLogger(5), ParameterStatsLogger(5), AttentionEntropyMonitor(5),
+            DeadNeuronDetector(5), ActivationStatsMonitor(5), ThroughputLogger(5), ExactResume(), checkpoint,
             LossSpikeRecovery(snapshot_every_n_steps=5), Dashboard(every_n_steps=10),
         ],
     )  # fmt: skip
@@ -177,6 +201,7 @@ def fit(folder, text, strategy, *, accumulate, clip, precision, trouble, steps=S
         "weights": weights(trainer, task),
         "position": data.position(),
         "events": events(folder),
+        "bytes": sizes.found,
     }
 
 
@@ -260,24 +285,13 @@ def refused_by_deepspeed(folder, text, strategy):
 def refused(folder, text):
     """What is said of what FSDP2 does not have yet."""
     data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=4)
-    gpt2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 16, "n_layer": 1, "n_head": 2}
-    gpt2 |= {"vocab_size": 256, "bos_token_id": 0, "eos_token_id": 0}
-    tasks = {
-        "texts": (LitSeq2Seq(CONFIG, schedule=None), SequencePairData(max_length=16, max_target_length=16)),
-        "schedule_free": (LitCausalLM(CONFIG, partial(ScheduleFreeAdamW, lr=1e-3), WarmupConstant(warmup=2)), data),
-        "hugging_face": (LitPretrained(architecture=gpt2, schedule=None), data),
-        "autopsy": (LitCausalLM(CONFIG, schedule=None), data),
-        "histograms": (LitCausalLM(CONFIG, schedule=None), data),
-    }
-    callbacks = {"autopsy": [NonFiniteAutopsy()], "histograms": [ParameterStatsLogger(histograms=True)]}
+    callbacks = {"autopsy": NonFiniteAutopsy(), "histograms": ParameterStatsLogger(histograms=True)}
     found = {}
-    for name, (task, module) in tasks.items():
-        trainer = make_trainer(
-            strategy="fsdp2", devices=2, max_steps=1, default_root_dir=folder, callbacks=callbacks.get(name, [])
-        )
+    for name, callback in callbacks.items():
+        trainer = make_trainer(strategy="fsdp2", devices=2, max_steps=1, default_root_dir=folder, callbacks=[callback])
         try:
-            trainer.fit(task, module)
-        except (UsageError, SetupError) as error:
+            trainer.fit(LitCausalLM(CONFIG, schedule=None), data)
+        except SetupError as error:
             found[name] = str(error)
     return found
 

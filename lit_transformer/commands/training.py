@@ -310,6 +310,8 @@ def run_training_command(words: list[str]) -> None:
             "plot_schedule",
             "lr_find",
             "batch_size_find",
+            "memory",
+            "report",
             "generate",
             "export",
             "consolidate",

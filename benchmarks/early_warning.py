@@ -61,6 +61,7 @@ class Recipe:
     min_lr_ratio: float = 0.1
     beta2: float = 0.95
     clip: float | None = 1.0
+    activation: Any = "gelu"
 
 
 def sweep(lr: float, qk_norm: bool = False) -> Recipe:
@@ -131,6 +132,7 @@ def build(recipe: Recipe) -> LitCausalLM:
         norm_placement=recipe.norm_placement,
         positions=recipe.positions,
         init=recipe.init,
+        activation=recipe.activation,
         bias=False,
         tie_embeddings=False,
         attention_dropout=0.0,

@@ -19,10 +19,13 @@ Train transformers that do not blow up.
   lr_find    train at ever higher learning rates for some 200 steps, and suggest one
   batch_size_find
              try ever larger batches, and suggest the largest that fits
+  report     what became of a run, as one HTML file: the verdict, the loss and its events, every layer
+  memory     what each strategy holds on a device: parameters, gradients, states, activations; what fits
   generate   write text from a prompt
   export     the weights of a checkpoint as safetensors with digests, or as Hugging Face loads them
   consolidate
              a checkpoint that a sharded run saved in parts, as one file
+  dashboard  save a W&B workspace with the charts that matter
 
 {program} COMMAND --help lists the settings of a command; fit --print_config prints them all with their values.
 --config takes a file, or the name of a shipped one ({names}); more than one are merged, flags win.
@@ -61,6 +64,10 @@ def _run(words: list[str]) -> None:
         from lit_transformer.commands.generate import main as generate
 
         generate(words[1:])
+    elif words[0] == "report":
+        from lit_transformer.commands.report import main as report
+
+        report(words[1:])
     elif words[0] == "export":
         from lit_transformer.commands.export import main as export
 
@@ -69,6 +76,10 @@ def _run(words: list[str]) -> None:
         from lit_transformer.commands.consolidate import main as consolidate
 
         consolidate(words[1:])
+    elif words[0] == "dashboard":
+        from lit_transformer.commands.dashboard import main as dashboard
+
+        dashboard(words[1:])
     elif words[0] == "check":
         from lit_transformer.commands.check import main as check
 
@@ -81,6 +92,10 @@ def _run(words: list[str]) -> None:
         from lit_transformer.commands.batch_size_find import main as batch_size_find
 
         batch_size_find(words[1:])
+    elif words[0] == "memory":
+        from lit_transformer.commands.memory import main as memory
+
+        memory(words[1:])
     elif words[0] == "plot_schedule":
         from lit_transformer.commands.plot_schedule import main as plot_schedule
 

@@ -73,6 +73,17 @@ def build(
     return _auto_model(config, task, names, multi_label, "the architecture").from_config(config)
 
 
+def architecture_of(path: str) -> dict[str, Any]:
+    """The configuration of a folder or of a name on the hub, as :func:`build` takes it, without its weights.
+
+    Raises:
+        UsageError: If there is none, or ``transformers`` is missing.
+    """
+    hf = _transformers()
+    architecture: dict[str, Any] = _read(path, lambda: hf.AutoConfig.from_pretrained(path)).to_dict()
+    return architecture
+
+
 def load(path: str, task: Task, names: Sequence[str] | None = None, multi_label: bool = False) -> tuple[Any, list[str]]:
     """A model in fp32 with the weights of a folder or of a name on the hub; what they lack is newly initialised.
 

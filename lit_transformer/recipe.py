@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
@@ -20,7 +20,7 @@ from lit_transformer.optim import ParamGroups, Plateau, Schedule, WarmupConstant
 from lit_transformer.optim.schedule_free import AveragedWeights, go_on, is_schedule_free
 from lit_transformer.optim.spec import factory_spec, factory_target, instance_spec, load_factory
 from lit_transformer.optim.total_steps import total_steps
-from lit_transformer.parallel import clip_by_norm, shards, whole_dims
+from lit_transformer.parallel import clip_by_norm, give_up_whole, whole_dims
 from lit_transformer.zero import prepare, settle_accumulation
 
 
@@ -112,27 +112,32 @@ class LitRecipe(LightningModule):
             self.trainer.accumulate_grad_batches = geometry.accumulation
             self._geometry = geometry
 
-    def configure_optimizers(self) -> Any:
-        """One optimizer; the schedule steps with it and is logged as ``lr/<group>``."""
-        prepare(self.trainer.strategy)
+    def groups_to_train(self) -> list[dict[str, Any]]:
+        """What the optimizer is made of: parameters with their settings, by group."""
         apart = bool(getattr(factory_target(self.optimizer_factory), "hidden_apart", False))
-        model = self.trainer.strategy.model or self
+        model = self if self._trainer is None else self.trainer.strategy.model or self
         if apart and isinstance(model, FullyShardedDataParallel):
             raise UsageError(
                 f"{factory_target(self.optimizer_factory).__name__} needs whole matrices, of which FSDP1 leaves flat "
                 "pieces: use strategy ddp or fsdp2"
             )
-        groups = self.param_groups.build(self, apart, whole_dims(model))
+        return self.param_groups.build(self, apart, whole_dims(model))
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer; the schedule steps with it and is logged as ``lr/<group>``."""
+        prepare(self.trainer.strategy)
+        groups = self.groups_to_train()
         try:
             optimizer = self.optimizer_factory(groups)
         except ValueError as error:
             raise UsageError(f"{factory_target(self.optimizer_factory).__name__}: {error}") from None
         self._averaged = AveragedWeights(optimizer) if is_schedule_free(optimizer) else None
         strategy = self.trainer.strategy
-        if self._averaged is not None and (shards(strategy) or isinstance(strategy, DeepSpeedStrategy)):
+        in_pieces = isinstance(strategy, FSDPStrategy | DeepSpeedStrategy)
+        if self._averaged is not None and in_pieces:
             raise UsageError(
-                f"{type(optimizer).__name__} keeps two sets of weights, which are not saved in parts yet: use another "
-                "optimizer, or strategy ddp"
+                f"{type(optimizer).__name__} keeps two sets of weights, which are not saved in pieces yet: use another "
+                "optimizer, or strategy ddp or fsdp2"
             )
         for group in optimizer.param_groups:
             group["lr"] *= group["lr_scale"] * self._lr_scale
@@ -186,11 +191,13 @@ class LitRecipe(LightningModule):
     def on_validation_end(self) -> None:
         """Back to the weights that are trained."""
         if self._averaged is not None and self.trainer.state.fn == "fit":
+            give_up_whole(self)
             self._averaged.take_out()
 
     def on_train_end(self) -> None:
         """What a schedule-free optimizer ends with is the average."""
         if self._averaged is not None:
+            give_up_whole(self)
             self._averaged.put_in_place()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -220,6 +227,8 @@ class LitRecipe(LightningModule):
         """
         settle_accumulation(self.trainer, total_steps(self.trainer))
         self._impose()
+        if self._averaged is not None:
+            self._averaged.go_on()
         if self._geometry is not None:
             rank_zero_info(self._geometry.describe())
 
@@ -238,6 +247,7 @@ class LitRecipe(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the batch geometry, what the plateau has seen, and a schedule-free optimizer's other weights."""
         if self._averaged is not None:
+            give_up_whole(self)
             self._averaged.save(self, checkpoint)
         if self._geometry is not None:
             checkpoint["batch_geometry"] = asdict(self._geometry)

@@ -22,6 +22,7 @@ from lit_callbacks import (
     ActivationStatsMonitor,
     AdaptiveGradientClipping,
     AttentionEntropyMonitor,
+    Dashboard,
     DeadNeuronDetector,
     ExactResume,
     GradientNormLogger,
@@ -36,9 +37,6 @@ from lit_callbacks._facts import facts_of
 from lit_transformer import (
     LanguageModelingData,
     LitCausalLM,
-    LitPretrained,
-    LitSeq2Seq,
-    SequencePairData,
     TransformerConfig,
     WarmupConstant,
 )
@@ -63,6 +61,33 @@ class Losses(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.found.setdefault(self.step, []).append(float(outputs["loss"]) / trainer.accumulate_grad_batches)
+
+
+class Bytes(Callback):
+    """What this rank holds at the end of the last step, and in each of recovery's snapshots."""
+
+    def __init__(self):
+        self.found = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        def size(tensors):
+            return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
+
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            return
+        states = [t for state in trainer.optimizers[0].state.values() for t in state.values()]
+        recovery = next(c for c in trainer.callbacks if isinstance(c, LossSpikeRecovery))
+        rings = [recovery._rewinder._ring] if recovery._rewinder and recovery._rewinder._ring else []
+        self.found = {
+            "parameters": size(p.data for p in pl_module.parameters()),
+            "gradients": size(p.grad for p in pl_module.parameters() if p.grad is not None),
+            "states": size(states),
+            "snapshots": [
+                next(iter(snapshot._saved.values())).untyped_storage().nbytes()
+                for ring in rings
+                for snapshot in ring.snapshots
+            ],
+        }
 
 
 class Task(LitCausalLM):
@@ -153,16 +178,16 @@ def fit(folder, text, strategy, *, accumulate, clip, precision, trouble, steps=S
     task.trouble = trouble
     # The same global batch: one process takes in one micro-batch what two take in theirs.
     data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=8 // devices)
-    losses, logger = Losses(), MemoryLogger()
+    losses, sizes, logger = Losses(), Bytes(), MemoryLogger()
     checkpoint = VerifiedCheckpoint(folder, "{step}", every_n_train_steps=10, save_top_k=-1)
     trainer = make_trainer(
         strategy=STRATEGIES[strategy](), devices=devices, max_steps=steps, max_epochs=-1,
         accumulate_grad_batches=accumulate, gradient_clip_val=clip, precision=precision, limit_val_batches=0,
         logger=logger, enable_checkpointing=True, default_root_dir=folder,
         callbacks=[
-            losses, GradientNormLogger(5), ParameterStatsLogger(5), AttentionEntropyMonitor(5), DeadNeuronDetector(5),
-            ActivationStatsMonitor(5), ThroughputLogger(5), ExactResume(), checkpoint,
-            LossSpikeRecovery(snapshot_every_n_steps=5),
+            losses, sizes, GradientNormLogger(5), ParameterStatsLogger(5), AttentionEntropyMonitor(5),
+            DeadNeuronDetector(5), ActivationStatsMonitor(5), ThroughputLogger(5), ExactResume(), checkpoint,
+            LossSpikeRecovery(snapshot_every_n_steps=5), Dashboard(every_n_steps=10),
         ],
     )  # fmt: skip
     trainer.fit(task, data, ckpt_path=resume)
@@ -177,6 +202,7 @@ def fit(folder, text, strategy, *, accumulate, clip, precision, trouble, steps=S
         "weights": weights(trainer, task),
         "position": data.position(),
         "events": events(folder),
+        "bytes": sizes.found,
     }
 
 
@@ -260,34 +286,30 @@ def refused_by_deepspeed(folder, text, strategy):
 def refused(folder, text):
     """What is said of what FSDP2 does not have yet."""
     data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=4)
-    gpt2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 16, "n_layer": 1, "n_head": 2}
-    gpt2 |= {"vocab_size": 256, "bos_token_id": 0, "eos_token_id": 0}
-    tasks = {
-        "texts": (LitSeq2Seq(CONFIG, schedule=None), SequencePairData(max_length=16, max_target_length=16)),
-        "schedule_free": (LitCausalLM(CONFIG, partial(ScheduleFreeAdamW, lr=1e-3), WarmupConstant(warmup=2)), data),
-        "hugging_face": (LitPretrained(architecture=gpt2, schedule=None), data),
-        "autopsy": (LitCausalLM(CONFIG, schedule=None), data),
-        "histograms": (LitCausalLM(CONFIG, schedule=None), data),
-    }
-    callbacks = {"autopsy": [NonFiniteAutopsy()], "histograms": [ParameterStatsLogger(histograms=True)]}
+    callbacks = {"autopsy": NonFiniteAutopsy(), "histograms": ParameterStatsLogger(histograms=True)}
     found = {}
-    for name, (task, module) in tasks.items():
-        trainer = make_trainer(
-            strategy="fsdp2", devices=2, max_steps=1, default_root_dir=folder, callbacks=callbacks.get(name, [])
-        )
+    for name, callback in callbacks.items():
+        trainer = make_trainer(strategy="fsdp2", devices=2, max_steps=1, default_root_dir=folder, callbacks=[callback])
         try:
-            trainer.fit(task, module)
-        except (UsageError, SetupError) as error:
+            trainer.fit(LitCausalLM(CONFIG, schedule=None), data)
+        except SetupError as error:
             found[name] = str(error)
     return found
 
 
+def resumed_part(whole):
+    """The losses of a run that a resumed one should have."""
+    return {step: loss for step, loss in whole["losses"].items() if 20 <= int(step) < 30}
+
+
 def main(out, strategy, text, *numbers):
-    """Write what some cells of the grid give on this rank, the first of them also resumed; and what is refused."""
+    """Write what some cells of the grid give on this rank, also resumed; and what is refused."""
+    found = {}
     cells = [GRID[int(number)] for number in numbers]
-    found = {str(cell): cell.run(out, text, strategy) for cell in cells}
-    checkpoint = cells[0].folder(out) / "step=20.ckpt"
-    found["resumed"] = cells[0].run(out / "resumed", text, strategy, resume=str(checkpoint), steps=30)
+    for cell in cells:
+        whole = found[str(cell)] = cell.run(out, text, strategy)
+        checkpoint = str(cell.folder(out) / "step=20.ckpt")
+        whole["resumed"] = cell.run(out / "resumed", text, strategy, resume=checkpoint, steps=30)["losses"]
     if strategy == "fsdp2":
         found["refused"] = refused(out / "refused", text)
     if strategy.startswith("zero"):

@@ -24,7 +24,7 @@ def test_python_blocks_run(number, tmp_path, monkeypatch, recwarn):
 def test_commands_parse(command, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = shlex.split(command.partition("#")[0])[2:]
-    if words[0] not in ("fit", "check") or "--ckpt_path" in words:
+    if words[0] not in ("fit", "check", "memory") or "--ckpt_path" in words:
         with pytest.raises(SystemExit):
             main(words)
         assert "runs/mine" in capsys.readouterr().err  # understood, but there is no such run here

@@ -3,10 +3,12 @@
 import json
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import wandb
 import yaml
 
 from helpers import TinyLM, loader, make_trainer
@@ -14,6 +16,7 @@ from lit_callbacks import CheckpointError, ExactResume, VerifiedCheckpoint
 from lit_callbacks.checkpointing import load_verified
 from lit_callbacks.checkpointing.manifest import Manifest, contents
 from lit_transformer.cli import main
+from wandb_file import WandbFile
 
 MARKER = "executed"
 TEXT = "".join(f"line {i} of a text that is long enough\n" for i in range(200))
@@ -139,7 +142,21 @@ def test_no_secret_of_the_environment_is_in_a_run_folder(tmp_path, monkeypatch):
         },
     }
     Path("config.yaml").write_text(yaml.safe_dump(config))
-    main(["fit", "--config", "config.yaml", "--run", "a", "--wandb", "true"])
+    words = [
+        "fit",
+        "--config",
+        "config.yaml",
+        "--run",
+        "a",
+        "--wandb",
+        "true",
+        "--data.init_args.cache_dir",
+        SECRETS["HF_TOKEN"],
+    ]
+    monkeypatch.setattr(sys, "argv", ["cli.py", *words])
+    main(words)
+    wandb.finish()
+    assert WandbFile("runs/a").config
     assert "<redacted: HF_TOKEN>" in Path("runs/a/config.yaml").read_text()
     files = [path for path in Path("runs/a").rglob("*") if path.is_file()]
     assert any("offline-run" in str(path) for path in files)

@@ -7,15 +7,18 @@ import signal
 import subprocess
 import sys
 import time
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+import strategy_worker
 from helpers import two_ranks
 from lit_transformer.cli import main
-from strategy_worker import GRID, Cell
+from lit_transformer.memory import Load, held_by, optimizer_states, uses
+from strategy_worker import GRID, Cell, Task, resumed_part
 from tiny_config import CONFIG
 
 
@@ -40,6 +43,14 @@ def single(text, tmp_path_factory):
     return run
 
 
+def load():
+    """What `fit` of the worker has to hold, counted on nothing, with one snapshot."""
+    with torch.device("meta"):
+        task = Task(strategy_worker.CONFIG, partial(torch.optim.AdamW, lr=3e-3), schedule=None)
+    states = optimizer_states(task.optimizer_factory, task.groups_to_train())
+    return Load(held_by(task, states), activations=None, keep_snapshots=1)
+
+
 def compare(strategy, numbers, single, text, tmp_path):
     """Two ranks against one process; what the first rank found."""
     if strategy.startswith("zero"):
@@ -57,6 +68,7 @@ def compare(strategy, numbers, single, text, tmp_path):
         assert second[cell]["weights"] == together["weights"]
         assert together["position"] == alone["position"]
         assert together["events"] == alone["events"], cell
+        assert together["resumed"] == resumed_part(together), cell
         assert together["logged"].keys() == alone["logged"].keys()
         for step, metrics in alone["logged"].items():
             found = together["logged"][step]
@@ -70,8 +82,6 @@ def compare(strategy, numbers, single, text, tmp_path):
         weights = first[str(GRID[int(numbers[0])])]["weights"]
         assert {name: first["consolidated"][name] for name in weights} == pytest.approx(weights, rel=1e-12)
         assert first["states"] == len(weights)
-    whole = first[str(GRID[int(numbers[0])])]["losses"]
-    assert first["resumed"]["losses"] == {step: loss for step, loss in whole.items() if 20 <= int(step) < 30}
     return first
 
 
@@ -83,18 +93,23 @@ def test_two_ranks_do_what_one_process_does(strategy, single, text, tmp_path):
     first = compare(strategy, [PLAIN], single, text, tmp_path)
     if strategy == "fsdp2":
         refused = first["refused"]
-        assert "texts cannot be written under FSDP2: set scored_samples to 0" in refused["texts"]
-        assert "keeps two sets of weights, which are not saved in parts yet" in refused["schedule_free"]
-        assert "FSDP2 is for models of ours as yet" in refused["hugging_face"]
         assert "NonFiniteAutopsy serves a single device and DDP, but not yet FSDP2" in refused["autopsy"]
         assert "histograms=True) needs whole parameters" in refused["histograms"]
+    sides = {"one device": single(PLAIN), strategy: first[str(GRID[PLAIN])]} if strategy in ("ddp", "fsdp2") else {}
+    for name, side in sides.items():
+        held = side["bytes"]
+        counted = next(use for use in uses(load(), devices=2) if use.strategy == name)
+        assert (counted.parameters, counted.gradients, counted.states) == tuple(
+            held[what] for what in ("parameters", "gradients", "states")
+        )
+        assert {counted.snapshots} == set(held["snapshots"]), name
     if strategy == "zero2":
         assert max(first["whole_gradients"]) < 1e-6
         refused = first["refused"]
         assert "NonFiniteAutopsy serves a single device and DDP, but not yet CPUDeepSpeed" in refused["autopsy"]
         assert "AdaptiveGradientClipping serves a single device, DDP and FSDP, but not" in refused["clipping"]
         assert "histograms=True) needs whole parameters" in refused["histograms"]
-        assert "keeps two sets of weights, which are not saved in parts yet" in refused["schedule_free"]
+        assert "keeps two sets of weights, which are not saved in pieces yet" in refused["schedule_free"]
         assert "an epoch has 3 batches and an optimizer step takes 2" in refused["window"]
 
 
@@ -184,6 +199,9 @@ def test_sharded_on_the_command_line(strategy, tmp_path):
         assert sides["whole"] == pytest.approx(sides["parts"], abs=1e-4)
     assert "Trained to step 30" in run(
         "fit", "--config", "tiny.yaml", "--run", "b", "--ckpt_path", "whole.ckpt", "--trainer.max_steps=30"
+    )
+    assert "Trained to step 30" in run(
+        "fit", *sharded, "--run", "c", "--ckpt_path", "whole.ckpt", "--trainer.max_steps=30"
     )
 
 

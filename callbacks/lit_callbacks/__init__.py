@@ -8,6 +8,7 @@ from lit_callbacks.activation_stats_monitor import ActivationStatsMonitor
 from lit_callbacks.adaptive_gradient_clipping import AdaptiveGradientClipping
 from lit_callbacks.attention_entropy_monitor import AttentionEntropyMonitor
 from lit_callbacks.checkpointing import CheckpointError
+from lit_callbacks.dashboard import Dashboard
 from lit_callbacks.dead_neuron_detector import DeadNeuronDetector
 from lit_callbacks.early_stopping_with_restore import EarlyStoppingWithRestore
 from lit_callbacks.exact_resume import ExactResume
@@ -25,12 +26,14 @@ from lit_callbacks.sequence_length_curriculum import SequenceLengthCurriculum
 from lit_callbacks.shielding import shield
 from lit_callbacks.throughput_logger import ThroughputLogger
 from lit_callbacks.verified_checkpoint import VerifiedCheckpoint
+from lit_callbacks.wandb_workspace import workspace
 
 __all__ = [
     "ActivationStatsMonitor",
     "AdaptiveGradientClipping",
     "AttentionEntropyMonitor",
     "CheckpointError",
+    "Dashboard",
     "DeadNeuronDetector",
     "DivergenceError",
     "EarlyStoppingWithRestore",
@@ -54,4 +57,5 @@ __all__ = [
     "recommended",
     "redacted",
     "shield",
+    "workspace",
 ]

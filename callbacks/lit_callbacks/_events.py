@@ -9,6 +9,10 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from lit_callbacks._listeners import tell_event
+
+FILENAME = "events.jsonl"
+
 
 def run_folder(trainer: Trainer) -> Path:
     """Where this run keeps its files. All ranks must ask together: ``trainer.log_dir`` broadcasts."""
@@ -27,7 +31,7 @@ def say(text: str) -> None:
 class EventLog:
     """Appends events on rank zero. A folder that cannot be written to costs the events and one warning, not the run."""
 
-    def __init__(self, folder: Path | None = None, filename: str = "events.jsonl") -> None:
+    def __init__(self, folder: Path | None = None, filename: str = FILENAME) -> None:
         self._path = folder / filename if folder else None
         self._warned = False
 
@@ -36,7 +40,8 @@ class EventLog:
         """Append one event and flush it. Entries that are None are left out, and NaN is written as ``"nan"``."""
         if self._path is None:
             return
-        line = json.dumps({key: _plain(value) for key, value in event.items() if value is not None}, allow_nan=False)
+        plain = {key: _plain(value) for key, value in event.items() if value is not None}
+        line = json.dumps(plain, allow_nan=False)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
@@ -45,6 +50,8 @@ class EventLog:
             if not self._warned:
                 rank_zero_warn(f"Events of this run are not being written down: {error}")
             self._warned = True
+        if self._path.name == FILENAME:
+            tell_event(self._path.parent, plain)
 
 
 def _plain(value: Any) -> Any:

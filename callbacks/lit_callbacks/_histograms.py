@@ -1,11 +1,16 @@
-"""Histograms of many tensors at once, and the loggers that can show them."""
+"""Histograms of many tensors at once, for the loggers that can show them, and as a picture for the others."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
+
+from lit_callbacks._pictures import logger_kind
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BINS = 64
 
@@ -55,13 +60,13 @@ def show_histogram(trainer: Trainer, step: int, key: str, shown: Histogram) -> N
     """Send a histogram to every logger that can show it. On rank zero only."""
     loggers: list[Any] = trainer.loggers
     for logger in loggers:
-        kind = _kind(logger)
+        kind = logger_kind(logger)
         if kind == "WandbLogger":
             import numpy as np
             import wandb
 
             picture = wandb.Histogram(np_histogram=(np.array(shown.counts), np.array(shown.edges)))
-            logger.experiment.log({key: picture, "trainer/global_step": step})
+            logger.log_metrics({key: picture}, step=step)
         elif kind == "TensorBoardLogger":
             logger.experiment.add_histogram_raw(
                 key, min=shown.edges[0], max=shown.edges[-1], num=int(sum(shown.counts)), sum=shown.total,
@@ -69,7 +74,18 @@ def show_histogram(trainer: Trainer, step: int, key: str, shown: Histogram) -> N
             )  # fmt: skip
 
 
-def _kind(logger: object) -> str | None:
-    # By name: `lightning` and `pytorch_lightning` each have their own classes.
-    names = {cls.__name__ for cls in type(logger).__mro__}
-    return next((kind for kind in ("WandbLogger", "TensorBoardLogger") if kind in names), None)
+def draw(shown: Mapping[str, Histogram]) -> "Figure":
+    """All of them in one picture, four in a row, for loggers that cannot show any."""
+    from matplotlib.figure import Figure
+
+    columns = 4
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(3 * columns, 1.5 * rows), dpi=80)
+    figure.subplots_adjust(0.03, 0.25 / rows, 0.97, 1 - 0.25 / rows, hspace=0.7)
+    for place, (name, h) in enumerate(shown.items()):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        axes.stairs(h.counts, h.edges, fill=True, color="#3b6fb6")
+        axes.set_title(name, fontsize=8)
+        axes.set_yticks([])
+        axes.tick_params(labelsize=6)
+    return figure

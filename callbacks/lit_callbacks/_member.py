@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_callbacks import _deepspeed
 from lit_callbacks._errors import SetupError
 from lit_callbacks._facts import forget
+from lit_callbacks._listeners import tell_values
 
 
 class Member(Callback):
@@ -16,7 +17,7 @@ class Member(Callback):
 
     order: int
     """Position among our callbacks in every hook: -1 faults, 0 observers, 1 clipper and autopsy, 2 guards and
-    recovery, 3 checkpoints."""
+    recovery, 3 checkpoints, 4 the dashboard, which hears them all."""
 
     serves_shards: ClassVar[bool] = False
     """Whether it works where a rank holds a part only of each parameter, as under FSDP."""
@@ -79,6 +80,7 @@ def publish(
         return
     for logger in trainer.loggers:
         logger.log_metrics(dict(values), step=step)
+    tell_values(trainer, step, values)
     for key in summary:
         # Without the size, Lightning looks for it in the batch, which a step with a `dataloader_iter` does not have.
         pl_module.log(key, values[key], logger=False, on_step=True, on_epoch=False, batch_size=1)

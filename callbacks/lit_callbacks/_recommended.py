@@ -4,6 +4,7 @@ from lightning.pytorch import Callback
 
 from lit_callbacks.activation_stats_monitor import ActivationStatsMonitor
 from lit_callbacks.attention_entropy_monitor import AttentionEntropyMonitor
+from lit_callbacks.dashboard import Dashboard
 from lit_callbacks.dead_neuron_detector import DeadNeuronDetector
 from lit_callbacks.exact_resume import ExactResume
 from lit_callbacks.gradient_norm_logger import GradientNormLogger
@@ -34,4 +35,5 @@ def recommended() -> list[Callback]:
         LossSpikeRecovery(),
         ExactResume(),
         Heartbeat(),
+        Dashboard(),
     ]

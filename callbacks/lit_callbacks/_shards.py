@@ -3,10 +3,15 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._flat_param import FlatParameter
 from torch.distributed.fsdp._runtime_utils import _reshard
@@ -14,6 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from lit_callbacks import _deepspeed
 from lit_callbacks.functional import tensor_norms
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -49,15 +56,19 @@ def flat_parameters(trainer: Trainer) -> list[FlatParameter]:
 def optimizers_as_they_are(trainer: Trainer) -> Iterator[None]:
     """Keep an optimizer that has not stepped yet as it is while its state is asked for.
 
-    Of a sharded model, torch takes a step for it, with a learning rate of 0, that Adam counts (torch 2.13,
-    ``_init_optim_state``).
+    Of a sharded model, torch takes a step for it, with a learning rate of 0, that Adam counts, and schedule-free ones
+    in their groups (torch 2.13, ``_init_optim_state``).
     """
     fresh = [optimizer for optimizer in trainer.optimizers if not optimizer.state]
+    groups = [[dict(group) for group in optimizer.param_groups] for optimizer in fresh]
     try:
         yield
     finally:
-        for optimizer in fresh:
+        for optimizer, before in zip(fresh, groups, strict=True):
             optimizer.state.clear()
+            for group, values in zip(optimizer.param_groups, before, strict=True):
+                group.clear()
+                group.update(values)
 
 
 def whole_shapes(trainer: Trainer, module: LightningModule) -> dict[int, torch.Size]:
@@ -79,6 +90,29 @@ def gradient(parameter: Tensor) -> Tensor | None:
 def is_sharded(module: nn.Module) -> bool:
     """Whether some rank holds a part only of some parameter."""
     return any(_parts(parameter) > 1 for parameter in module.parameters())
+
+
+def whole_state(module: nn.Module) -> dict[str, Any]:
+    """A copy in host memory; of a sharded module on the first rank alone. To be called on every rank."""
+    if not is_sharded(module):
+        return {name: value.detach().to("cpu", copy=True) for name, value in module.state_dict().items()}
+    settle(module)
+    return get_model_state_dict(module, options=_WHOLE)
+
+
+def set_whole_state(module: nn.Module, state: dict[str, Any]) -> None:
+    """Put back what :func:`whole_state` has given. To be called on every rank."""
+    if not is_sharded(module):
+        module.load_state_dict(state)
+        return
+    settle(module)
+    set_model_state_dict(module, state, options=replace(_WHOLE, broadcast_from_rank0=True))
+
+
+def names_with_state(checkpoint: Path) -> set[str]:
+    """The parameters that the optimizer had a state of when a checkpoint in parts was saved."""
+    saved = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    return {key.removeprefix("optimizer_0.state.").rpartition(".")[0] for key in saved if ".state." in key}
 
 
 def as_part_of(part: Tensor, like: Tensor) -> Tensor:

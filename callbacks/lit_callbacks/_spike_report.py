@@ -1,18 +1,17 @@
-"""What LossSpikeRecovery says: an event, a line and, where a logger has alerts, an alert for each action."""
+"""What LossSpikeRecovery says: an event and a line for each action, and the counters."""
 
 import math
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_callbacks._events import EventLog, say
 from lit_callbacks._ladder import NOT_FINITE, Action, Decision, LadderState
 from lit_callbacks._member import publish
 
 _LOG_EVERY = 50  # optimizer steps
-_ALERT_EVERY = 300  # seconds
 _OUT_OF_LINE = {
     "loss": "the loss is out of line",
     "gradient norm": "the gradient is out of line",
@@ -47,7 +46,7 @@ class SpikeReport:
         event: dict[str, Any],
         state: LadderState,
     ) -> None:
-        """Write one action down, say it in one line, raise an alert, and log the counters."""
+        """Write one action down, say it in one line, and log the counters."""
         step, text = trainer.global_step, _sentence(action, decision, event)
         self.history = [*self.history, [step, action]][-100:]
         events.write(
@@ -62,8 +61,6 @@ class SpikeReport:
             text=text,
         )
         say(f"step {step}: {text}")
-        if action != "skip":
-            _alert(trainer, f"{action} at step {step}", text)
         values = self._values(state.lr_factor, decision.verdict.score)
         publish(trainer, pl_module, step, values, summary=values)
 
@@ -143,12 +140,3 @@ def _what(decision: Decision, event: dict[str, Any]) -> str:
         numbers.append(f"first in {event['parameter']}")
     reason = decision.verdict.reason
     return f"{_OUT_OF_LINE.get(reason, reason)}: {', '.join(numbers)}"
-
-
-@rank_zero_only
-def _alert(trainer: Trainer, title: str, text: str) -> None:
-    for logger in trainer.loggers:
-        # By name: `lightning` and `pytorch_lightning` each have their own class. Other loggers have no alerts.
-        if "WandbLogger" in {cls.__name__ for cls in type(logger).__mro__}:
-            run: Any = logger.experiment  # type: ignore[attr-defined]
-            run.alert(title=title, text=text, wait_duration=_ALERT_EVERY)

@@ -14,6 +14,7 @@ from lit_callbacks._alarms import InARow, OwnPast, raise_alarm
 from lit_callbacks._attention_calls import from_multi_head, from_scaled_dot_product, from_softmax
 from lit_callbacks._forward_observer import ForwardObserver
 from lit_callbacks._intercept import Call
+from lit_callbacks._listeners import tell_values
 from lit_callbacks._names import metric_key
 from lit_callbacks._ranks import Measurement
 from lit_callbacks.functional import ENTROPY_BINS, AttentionStatistics, histogram_quantile
@@ -164,7 +165,7 @@ class AttentionEntropyMonitor(ForwardObserver):
 
     def record(self, trainer: Trainer, pl_module: LightningModule, step: int, values: dict[str, float]) -> None:
         """Log, and judge each head by its own past."""
-        entropies, logits = {}, {}
+        entropies, logits, not_logged = {}, {}, {}
         for name, count in self._heads.items():
             key = metric_key(name)
             for head in range(count):
@@ -172,9 +173,12 @@ class AttentionEntropyMonitor(ForwardObserver):
                 logits[where] = values.pop(f"logit {key} {head}")
                 entropies[where] = values[f"attention_entropy/{key}_head_{head}"]
                 if not self.per_head:
-                    del values[f"attention_entropy/{key}_head_{head}"]
+                    not_logged[f"attention_entropy/{key}_head_{head}"] = values.pop(
+                        f"attention_entropy/{key}_head_{head}"
+                    )
         super().record(trainer, pl_module, step, values)
         if trainer.state.fn == "fit":
+            tell_values(trainer, step, not_logged)
             self._judge(step, entropies, logits)
 
     def summary(self, values: Mapping[str, float]) -> list[str]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from lit_callbacks._errors import SetupError
 from lit_callbacks._events import EventLog, run_folder, say
 from lit_callbacks._member import Member
+from lit_callbacks._shards import set_whole_state, whole_state
 
 
 class EarlyStoppingWithRestore(Member):
@@ -33,7 +34,8 @@ class EarlyStoppingWithRestore(Member):
     State: the best value, step and weights, and for how long there was no better one. The weights are in every
     checkpoint: a third more with Adam.
 
-    Cost: one copy of the weights in host memory, made at each better validation.
+    Cost: one copy of the weights in host memory, made at each better validation; of sharded weights, on the first rank,
+    which collects them.
 
     Example:
         >>> EarlyStoppingWithRestore(monitor="val/accuracy", mode="max").patience
@@ -41,6 +43,7 @@ class EarlyStoppingWithRestore(Member):
     """
 
     order = 2
+    serves_shards = True
 
     def __init__(
         self, monitor: str = "val/loss", patience: int = 10, mode: str = "min", min_delta: float = 0.0
@@ -82,7 +85,7 @@ class EarlyStoppingWithRestore(Member):
         value = trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]))
         if self._is_better(value):
             self.best_value, self.best_step, self._waited = value, trainer.global_step, 0
-            self._weights = {k: v.detach().to("cpu", copy=True) for k, v in pl_module.state_dict().items()}
+            self._weights = whole_state(pl_module)
             return
         self._waited += 1
         if self._waited >= self.patience:
@@ -103,8 +106,8 @@ class EarlyStoppingWithRestore(Member):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the best weights back, after everything has been saved."""
-        if self._weights and self.best_step != trainer.global_step:
-            pl_module.load_state_dict(self._weights)
+        if self.best_step not in (-1, trainer.global_step):
+            set_whole_state(pl_module, self._weights)
             say(f"The module has the weights of step {self.best_step}, where {self.monitor} was {self.best_value:.6g}.")
 
     def state_dict(self) -> dict[str, Any]:

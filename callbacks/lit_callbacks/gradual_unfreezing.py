@@ -2,6 +2,8 @@
 
 from fnmatch import fnmatchcase
 from itertools import accumulate
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -13,6 +15,7 @@ from lit_callbacks._events import EventLog, run_folder, say
 from lit_callbacks._facts import has_scaler
 from lit_callbacks._learning_rate import lower_learning_rate
 from lit_callbacks._member import Member
+from lit_callbacks._shards import is_sharded, names_with_state, settle
 
 
 class GradualUnfreezing(Member):
@@ -36,8 +39,8 @@ class GradualUnfreezing(Member):
 
     Raises:
         ValueError: If an argument is out of range, or their lengths do not fit together.
-        SetupError: At the start of fit, if a glob matches no parameter, if a parameter is in no optimizer, under a
-            strategy that shards, or under DDP without ``find_unused_parameters=True``: it would wait for the gradients
+        SetupError: At the start of fit, if a glob matches no parameter, if a parameter is in no optimizer, under FSDP1
+            and DeepSpeed, or under DDP without ``find_unused_parameters=True``: it would wait for the gradients
             of frozen parameters.
 
     State: none.
@@ -50,6 +53,7 @@ class GradualUnfreezing(Member):
     """
 
     order = 2
+    serves_shards = True
 
     def __init__(
         self,
@@ -98,8 +102,32 @@ class GradualUnfreezing(Member):
                 names = ", ".join(self._trainable[-3:])
                 raise SetupError(f"stages[{i}] = {glob!r} matches no parameter; names are such as {names}.")
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Torch asks a checkpoint in parts for the states of all that is trained, and it has none of what was not."""
+        if not is_sharded(pl_module):
+            return
+        strategy: Any = trainer.strategy
+        load, own = strategy.load_checkpoint, vars(strategy).get("load_checkpoint")
+
+        def put_back() -> None:
+            vars(strategy).pop("load_checkpoint")
+            if own is not None:
+                strategy.load_checkpoint = own
+
+        def load_what_was_trained(path: Any, *args: Any, **kwargs: Any) -> Any:
+            self._unhook()
+            if Path(path).is_dir():
+                saved = names_with_state(Path(path))
+                for name, parameter in pl_module.named_parameters():
+                    parameter.requires_grad_(name in self._trainable and name in saved)
+            return load(path, *args, **kwargs)
+
+        strategy.load_checkpoint = load_what_was_trained
+        self._hooks.append(SimpleNamespace(remove=put_back))
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The stage in which this fit begins, which may be in the middle of one."""
+        self._unhook()
         held = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
         missing = [n for n, p in pl_module.named_parameters() if n in set(self._trainable) and id(p) not in held]
         if missing:
@@ -115,6 +143,7 @@ class GradualUnfreezing(Member):
     def _enter(self, trainer: Trainer, pl_module: LightningModule) -> None:
         stage = self.stage_of(trainer.current_epoch)
         globs = self._globs[: stage + 1] if stage < len(self._globs) else ["*"]
+        settle(pl_module)
         wanted = {name for name in self._trainable if any(_matches(name, glob) for glob in globs)}
         for name, parameter in pl_module.named_parameters():
             if name in self._trainable:
@@ -157,6 +186,7 @@ class GradualUnfreezing(Member):
         self._release(pl_module)
 
     def _release(self, pl_module: LightningModule) -> None:
+        settle(pl_module)
         for name, parameter in pl_module.named_parameters():
             if name in self._trainable:
                 parameter.requires_grad_(True)

@@ -10,14 +10,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_callbacks._curve import Curve
 from lit_callbacks._deepspeed import step_follows
 from lit_callbacks._events import run_folder
 from lit_callbacks._facts import facts_of
 from lit_callbacks._observer import Observer
 from lit_callbacks._ranks import Measurement
 from lit_callbacks.functional import centered_mean
-
-MAX_POINTS = 2000
 
 
 class LossCurve(Observer):
@@ -136,39 +135,6 @@ class LossCurve(Observer):
             draw(self.train, self.val, self.unit, self._path)
         except (ImportError, OSError, ValueError) as error:
             rank_zero_warn(f"LossCurve could not draw {self._path}: {error}")
-
-
-class Curve:
-    """Points (step, value), thinned out evenly so that there are never more than ``MAX_POINTS``."""
-
-    def __init__(
-        self, steps: list[int] | None = None, values: list[float] | None = None, stride: int = 1, offered: int = 0
-    ) -> None:
-        self.steps = list(steps or [])
-        self.values = list(values or [])
-        self.stride = stride
-        self.offered = offered
-
-    def add(self, step: int, value: float) -> None:
-        """Take every ``stride``-th point offered."""
-        if self.offered % self.stride == 0:
-            self.steps.append(step)
-            self.values.append(value)
-        self.offered += 1
-        if len(self.steps) > MAX_POINTS:
-            del self.steps[1::2], self.values[1::2]
-            self.stride *= 2
-
-    def cut(self, step: int) -> None:
-        """Drop the points at ``step`` and beyond; with none left, begin anew."""
-        kept = sum(s < step for s in self.steps)
-        del self.steps[kept:], self.values[kept:]
-        if not kept:
-            self.stride, self.offered = 1, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Copies, as plain types."""
-        return {**vars(self), "steps": list(self.steps), "values": list(self.values)}
 
 
 def draw(train: Curve, val: Curve, unit: str, path: Path) -> None:

@@ -44,7 +44,7 @@ class LossSpikeRecovery(StepSkipper):
 
     A loss that rises slowly, or is far too low, is no reason to skip, but one to look at the weights in the same way.
     ``trainer.global_step`` never goes back, and the learning rate stays on its schedule. Every action is a line in
-    ``events.jsonl`` of the run folder, a line on the console, and an alert in W&B (one in five minutes).
+    ``events.jsonl`` of the run folder, a line on the console and, with :class:`Dashboard`, an alert in W&B.
 
     An infinite *gradient* under a GradScaler is how the scaler searches for its factor, and is left to it. This
     callback does all that :class:`NonFiniteGuard` does; leave that one out.

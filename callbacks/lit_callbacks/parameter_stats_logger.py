@@ -4,13 +4,16 @@ from collections.abc import Mapping
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_callbacks._deepspeed import engine_of
 from lit_callbacks._errors import SetupError
 from lit_callbacks._evaluation import EvaluationHooks
+from lit_callbacks._events import run_folder
 from lit_callbacks._facts import amp_scale, own_norms, own_weights
-from lit_callbacks._histograms import histogram, show_histogram
+from lit_callbacks._histograms import Histogram, draw, histogram, show_histogram
+from lit_callbacks._pictures import needs_files, save_picture
 from lit_callbacks._ranks import Measurement
 from lit_callbacks._shards import is_sharded, share_norms
 from lit_callbacks._step_observer import Step, StepObserver
@@ -27,7 +30,8 @@ class ParameterStatsLogger(StepObserver, EvaluationHooks):
 
     With ``histograms``, W&B and TensorBoard loggers get one of the weights and one of the unclipped, unscaled,
     accumulated gradients of each group; values that are not finite cannot be in a histogram, so their number is logged
-    beside it.
+    beside it. For a logger that cannot show them, or none, the last ones are drawn when fit ends, as
+    ``figures/histograms.png`` in the run folder.
 
     Logs, every ``every_n_steps`` optimizer steps, with ``_<i>`` at the end of each key if there are several optimizers;
     in ``validate`` and ``test`` the norms of the weights, once:
@@ -63,6 +67,7 @@ class ParameterStatsLogger(StepObserver, EvaluationHooks):
     def __init__(self, every_n_steps: int = 50, groups: list[str] | None = None, histograms: bool = False) -> None:
         super().__init__(every_n_steps, groups)
         self.histograms = histograms
+        self._last: dict[str, Histogram] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse histograms of what no rank has."""
@@ -103,7 +108,18 @@ class ParameterStatsLogger(StepObserver, EvaluationHooks):
                 shown = histogram(tensors)
                 step.found["nonfinite"][f"{prefix}_nonfinite/{name}{step.suffix}"] = float(shown.nonfinite)
                 if tensors and trainer.is_global_zero:
-                    show_histogram(trainer, step.number, f"{prefix}_histogram/{name}{step.suffix}", shown)
+                    key = f"{prefix}_histogram/{name}{step.suffix}"
+                    show_histogram(trainer, step.number, key, shown)
+                    self._last[key] = shown
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the last histograms, where a logger could not show them."""
+        last, self._last, folder = self._last, {}, run_folder(trainer)
+        if last and needs_files(trainer):
+            try:
+                save_picture("histograms", draw(last), folder)
+            except (ImportError, OSError) as error:
+                rank_zero_warn(f"ParameterStatsLogger could not draw its histograms in {folder}: {error}")
 
     def found(self, trainer: Trainer, step: Step) -> Measurement:
         """Squares, which add up over ranks: each holds all parameters, so each gives its share."""

@@ -156,7 +156,8 @@ class _Worker:
         args, kwargs = arguments
         metrics = kwargs.get("metrics", args[0] if args else {})
         step = kwargs.get("step", args[1] if len(args) > 1 else None)
-        line = json.dumps({"step": step, "metrics": {key: str(float(value)) for key, value in metrics.items()}})
+        numbers = {key: str(float(value)) for key, value in metrics.items() if hasattr(value, "__float__")}  # no media
+        line = json.dumps({"step": step, "metrics": numbers})
         with contextlib.suppress(OSError):
             self._file().parent.mkdir(parents=True, exist_ok=True)
             with self._file().open("a", encoding="utf-8") as file:

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from lit_transformer.run.config_files import with_config
 from lit_transformer.run.folder import RunFolder
 from lit_transformer.run.loggers import make_loggers
 from lit_transformer.run.metrics_file import MetricsFile
+from lit_transformer.run.outcome import next_command, outcome_table
 from lit_transformer.run.precision import choose_precision
 from lit_transformer.run.predictions import PredictionsFile
 from lit_transformer.run.progress import RunProgress
@@ -160,8 +162,8 @@ class TrainingCLI(LightningCLI):
     def _check_for_deepspeed(self, path: str) -> None:
         if self.subcommand != "fit":
             raise UsageError(
-                f"DeepSpeed loads its checkpoints with the optimizer, which {self.subcommand} does not have: make {path} "
-                "one file by `consolidate`, and evaluate that on one device or under strategy ddp"
+                f"DeepSpeed loads its checkpoints with the optimizer, which {self.subcommand} does not have: make "
+                f"{path} one file by `consolidate`, and evaluate that on one device or under strategy ddp"
             )
         if not is_in_parts(path):
             raise UsageError(
@@ -193,6 +195,7 @@ class TrainingCLI(LightningCLI):
         except (MisconfigurationException, lit_callbacks.SetupError) as error:
             raise UsageError(str(error)) from error
         except lit_callbacks.DivergenceError as error:
+            self._print_outcome(with_command=False)
             how = "" if self.run is None else resume_command(self.run, self.root, str(self.run.last_good))
             raise TrainingStopped(f"{error}\n  {how}".rstrip()) from error
         except RuntimeError as error:
@@ -254,7 +257,8 @@ class TrainingCLI(LightningCLI):
         pending = (resumed.get("exact_resume") or {}).get("pending")
         trainer["default_root_dir"] = str(run.path)
         metrics = MetricsFile(run.metrics, resumed["global_step"], pending)
-        loggers = make_loggers(run, metrics, settings.wandb, settings.tensorboard, trainer["logger"])
+        asked = (settings.wandb, settings.tensorboard, trainer["logger"])
+        loggers = make_loggers(run, metrics, *asked, secret_words=lit_callbacks.redacted(sys.argv) != sys.argv)
         trainer["logger"] = [metrics, *(lit_callbacks.shield(logger, patience=10.0) for logger in loggers[1:])]
         dumped = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, format="yaml"))[self.subcommand]
         dumped = lit_callbacks.redacted(dumped)
@@ -276,7 +280,20 @@ class TrainingCLI(LightningCLI):
             return
         if self.checkpoint is not None and self.trainer.global_step == self.checkpoint["global_step"]:
             print(f"The run is at step {self.trainer.global_step} already; to go on, raise --trainer.max_steps.")
+        self._print_outcome(with_command=True)
         self.report.print_places()
+
+    def _print_outcome(self, with_command: bool) -> None:
+        """The verdict, the numbers, and what to type next."""
+        if self.run is None or not self.trainer.is_global_zero:
+            return
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        found = [callback.diagnosis for callback in callbacks if isinstance(callback, lit_callbacks.Dashboard)]
+        diagnosis = found[0] if found else None
+        command = next_command(self.run, self.root, diagnosis.verdict if diagnosis else "") if with_command else ""
+        sentences = diagnosis.sentences if diagnosis else ()
+        metrics = self.trainer.callback_metrics
+        print(f"\n{outcome_table(sentences, metrics, self.trainer.global_step, command)}")
 
     def after_validate(self) -> None:
         """Say what was found."""
@@ -297,7 +314,18 @@ def run_training_command(words: list[str]) -> None:
     """
     quieten()
     if words[0] not in LightningCLI.subcommands():
-        others = ["check", "plot_schedule", "lr_find", "batch_size_find", "generate", "export", "consolidate"]
+        others = [
+            "check",
+            "plot_schedule",
+            "lr_find",
+            "batch_size_find",
+            "memory",
+            "report",
+            "generate",
+            "export",
+            "consolidate",
+            "dashboard",
+        ]
         commands = ", ".join([*LightningCLI.subcommands(), *others])
         raise UsageError(f"unknown command {words[0]}; the commands are {commands}")
     TrainingCLI(words)

@@ -3,9 +3,10 @@
 Shapes: B batch, T length, S length of the source, L layers, D d_model.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +102,7 @@ def summarize(model: nn.Module, batch_size: int, length: int, source_length: int
             raise ValueError(f"{name} must be at least 1, got {size}")
     trained = [p for p in model.parameters() if p.requires_grad]
     sizes = (batch_size, length, source_length)
-    kept, checkpointed = _kept_bytes(model, *sizes, every=0), _kept_bytes(model, *sizes, every=1)
+    kept, checkpointed = (sum(_kept(model, *sizes, every)) for every in (0, 1))
     n_blocks = sum(len(stack.blocks) for stack in _stacks(model))
     return Summary(
         parameters=_count(dict(model.named_parameters())),
@@ -144,8 +145,15 @@ def _forward_flops(model: nn.Module, t: int, s: int) -> int:
     return total
 
 
-def _kept_bytes(model: nn.Module, b: int, t: int, s: int, every: int) -> int:
-    """What autograd holds at the end of a forward pass that checkpoints every ``every``-th block."""
+def kept_storages(model: nn.Module, forward: Callable[[Callable[..., Any]], Tensor]) -> list[int]:
+    """Bytes of each storage that autograd holds for a backward pass, parameters and buffers not among them.
+
+    Nothing is computed: tensors are fake, also those of a model on the meta device, which count as on a CPU.
+
+    Args:
+        model: Any module.
+        forward: Is given what stands for the model, calls it with inputs, and returns logits.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes a while to import
 
     tensors = {
@@ -153,8 +161,8 @@ def _kept_bytes(model: nn.Module, b: int, t: int, s: int, every: int) -> int:
         for name, module in model.named_modules()
         for own, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
     }
-    with _as_in_training(model, every), FakeTensorMode() as fake:
-        held: dict[str, Tensor] = {name: fake.from_tensor(tensor) for name, tensor in tensors.items()}
+    with FakeTensorMode() as fake:
+        held = {name: _on_a_device(fake.from_tensor(tensor)) for name, tensor in tensors.items()}
         own = {tensor.untyped_storage()._cdata for tensor in held.values()}
         seen: dict[int, torch.UntypedStorage] = {}
 
@@ -164,22 +172,60 @@ def _kept_bytes(model: nn.Module, b: int, t: int, s: int, every: int) -> int:
                 seen[storage._cdata] = storage
             return tensor
 
-        def keep_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            keep(args[0])  # checkpoint holds it out of sight
+        def call(*inputs: Any, **named: Any) -> Any:
+            return torch.func.functional_call(model, held, inputs, named, tie_weights=False)
 
-        device = next(iter(tensors.values())).device
-        ids = [torch.zeros(b, size, dtype=torch.long, device=device) for size in (s, t)]
-        inputs = ids if isinstance(model, EncoderDecoder) else ids[1:]
-        blocks = [block for stack in _stacks(model) for block in stack.blocks]
-        hooks = [block.register_forward_pre_hook(keep_input) for block in blocks]
+        # A checkpoint holds its input out of sight.
+        inputs = [
+            block.register_forward_pre_hook(lambda _, args: (keep(args[0]), None)[1])
+            for stack in _stacks(model)
+            for block in stack.blocks
+        ]
         try:
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                out = torch.func.functional_call(model, held, tuple(inputs), tie_weights=False)
-                out.log_softmax(-1).sum()
+                forward(call).log_softmax(-1).sum()
         finally:
-            for hook in hooks:
+            for hook in inputs:
                 hook.remove()
-    return sum(storage.nbytes() for storage in seen.values())
+    return [storage.nbytes() for storage in seen.values()]
+
+
+def _on_a_device(fake: Tensor) -> Tensor:
+    """Kernels of the meta device keep more than those of any other."""
+    return torch.empty_like(fake, device="cpu").requires_grad_(fake.requires_grad) if fake.is_meta else fake
+
+
+def activation_storages(model: nn.Module, batch_size: int, length: int, source_length: int | None = None) -> list[int]:
+    """Bytes of each storage that a training step of a model keeps, activation checkpointing being as configured.
+
+    With checkpointing, one number more is that of a block that is computed again.
+
+    Args:
+        model: As for :func:`summarize`; it may be on the meta device.
+        batch_size: Likewise.
+        length: Likewise.
+        source_length: Likewise.
+    """
+    sizes = (batch_size, length, length if source_length is None else source_length)
+    every = max(stack.config.activation_checkpointing for stack in _stacks(model))
+    kept = _kept(model, *sizes, every)
+    if not every:
+        return kept
+    n_checkpointed = sum(-(-len(stack.blocks) // every) for stack in _stacks(model))
+    return [*kept, (sum(_kept(model, *sizes, every=0)) - sum(kept)) // n_checkpointed]
+
+
+def _kept(model: nn.Module, b: int, t: int, s: int, every: int) -> list[int]:
+    """What autograd holds at the end of a forward pass that checkpoints every ``every``-th block."""
+    device = next(model.parameters()).device
+    sizes = (s, t) if isinstance(model, EncoderDecoder) else (t,)
+
+    def forward(call: Callable[..., Any]) -> Tensor:
+        at = "cpu" if device.type == "meta" else device
+        return call(*(torch.zeros(b, size, dtype=torch.long, device=at) for size in sizes))  # type: ignore[no-any-return]
+
+    with _as_in_training(model, every):
+        return kept_storages(model, forward)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 _KEY = "schedule_free"
@@ -24,7 +25,8 @@ class AveragedWeights:
 
     Gradients are taken at one point, ``y``; the result of training is the average, ``x``, which takes the place of a
     decaying learning rate. The optimizer's own ``eval()`` and ``train()`` compute one from the other in place, with
-    rounding errors that would stay; here ``y`` comes back to the bit.
+    rounding errors that would stay; here ``y`` comes back to the bit. It does not from a checkpoint in parts, which has
+    ``x`` alone, and the optimizer's states: from these ``y`` is computed.
 
     Args:
         optimizer: One with ``train()`` and ``eval()``, such as pytorch-optimizer's ``ScheduleFreeAdamW``.
@@ -37,9 +39,15 @@ class AveragedWeights:
         self._trained: dict[int, Tensor] | None = None  # by the parameter's id
         self._optimizer.train()
 
+    def go_on(self) -> None:
+        """The weights that are trained, where a checkpoint had the average alone."""
+        if self._trained is None:
+            self._optimizer.train()
+
     def put_in_place(self) -> None:
         """The average, for evaluation."""
         if self._trained is None:
+            self.go_on()
             self._trained = {id(p): p.detach().clone() for p in self._parameters()}
             self._optimizer.eval()
 
@@ -63,10 +71,12 @@ class AveragedWeights:
                 going_on[name] = self._trained[id(parameter)]
         if not evaluating:
             self.take_out()
+        in_parts = any(isinstance(tensor, DTensor) for tensor in going_on.values())
         if "optimizer_states" in checkpoint:
-            checkpoint[_KEY] = going_on
+            if not in_parts:
+                checkpoint[_KEY] = going_on
             for group in (group for state in checkpoint["optimizer_states"] for group in state["param_groups"]):
-                group["train_mode"] = True
+                group["train_mode"] = not in_parts
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
@@ -74,5 +84,5 @@ class AveragedWeights:
 
 def go_on(checkpoint: dict[str, Any]) -> None:
     """Let a checkpoint's weights be those that were trained."""
-    if trained := checkpoint.get(_KEY):  # a sharded checkpoint comes without its weights
+    if trained := checkpoint.pop(_KEY, None):
         checkpoint["state_dict"].update(trained)

@@ -1,20 +1,28 @@
 """Where metrics go: the run folder always, W&B and TensorBoard when asked."""
 
-import netrc
 import os
 import secrets
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from lit_transformer.errors import UsageError
 from lit_transformer.run.folder import RunFolder
 from lit_transformer.run.metrics_file import MetricsFile
+from lit_transformer.run.wandb_server import why_offline
 
-_WANDB_HOST = "api.wandb.ai"
 
-
-def make_loggers(run: RunFolder, metrics: MetricsFile, wandb: bool, tensorboard: bool, configured: Any) -> list[Logger]:
+def make_loggers(
+    run: RunFolder,
+    metrics: MetricsFile,
+    wandb: bool,
+    tensorboard: bool,
+    configured: Any,
+    secret_words: bool = False,
+) -> list[Logger]:
     """The metrics file, what the two switches ask for, and what the configuration lists itself.
 
     Args:
@@ -23,20 +31,22 @@ def make_loggers(run: RunFolder, metrics: MetricsFile, wandb: bool, tensorboard:
         wandb: Log to W&B, as the same W&B run when a run is resumed.
         tensorboard: Log to TensorBoard.
         configured: ``trainer.logger`` of the configuration.
+        secret_words: Whether the command line holds a secret: W&B, which keeps it, is then told nothing of the process.
 
     Raises:
-        UsageError: If TensorBoard is asked for and not installed.
+        UsageError: If one is asked for and not installed.
     """
     loggers: list[Logger] = [metrics]
+    make: dict[str, Callable[[], Logger]] = {}
     if wandb:
-        loggers.append(_wandb(run))
+        make["wandb"] = partial(_wandb, run, secret_words)
     if tensorboard:
+        make["tensorboard"] = partial(TensorBoardLogger, run.path, name="tensorboard", version="")
+    for name, logger in make.items():
         try:
-            loggers.append(TensorBoardLogger(run.path, name="tensorboard", version=""))
+            loggers.append(logger())
         except ModuleNotFoundError:
-            raise UsageError(
-                "TensorBoard is not installed; pip install tensorboard, or leave --tensorboard out"
-            ) from None
+            raise UsageError(f"{name} is not installed; pip install {name}, or leave --{name} out") from None
     if isinstance(configured, Logger):
         loggers.append(configured)
     elif isinstance(configured, list):
@@ -44,24 +54,22 @@ def make_loggers(run: RunFolder, metrics: MetricsFile, wandb: bool, tensorboard:
     return loggers
 
 
-def _wandb(run: RunFolder) -> WandbLogger:
-    if not run.wandb_id.exists():
-        run.wandb_id.write_text(secrets.token_hex(4), encoding="utf-8")
-    offline = os.environ.get("WANDB_MODE") == "offline" or not _has_wandb_key()
-    return WandbLogger(
+def _wandb(run: RunFolder, secret_words: bool) -> WandbLogger:
+    known = run.wandb_id.exists()
+    reason = why_offline()
+    if reason is not None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        print(
+            f"W&B: this run is kept offline, as {reason}. To send it later: wandb sync {run.path}/wandb/offline-run-*"
+        )
+    logger = WandbLogger(
         name=run.path.name,
         save_dir=run.path,
-        id=run.wandb_id.read_text(encoding="utf-8"),
+        id=run.wandb_id.read_text(encoding="utf-8") if known else secrets.token_hex(4),
         project=os.environ.get("WANDB_PROJECT", "lit-transformer"),
-        offline=offline,
-        resume=None if offline else "allow",
+        offline=reason is not None,
+        resume=None if reason else "allow",
+        settings={"x_disable_meta": True} if secret_words else None,
     )
-
-
-def _has_wandb_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators(os.environ.get("WANDB_BASE_URL", _WANDB_HOST)) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    if not known and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        run.wandb_id.write_text(str(logger.version), encoding="utf-8")
+    return logger

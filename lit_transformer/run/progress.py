@@ -1,4 +1,4 @@
-"""Progress of the whole run: step, loss, learning rate, tokens per second."""
+"""Progress of the whole run: step, loss, learning rate, gradient norm, tokens per second, what recovery has done."""
 
 import sys
 import time
@@ -13,6 +13,12 @@ from lit_transformer.optim.total_steps import total_steps
 
 _SECONDS_BETWEEN_REFRESHES = 0.2
 _SECONDS_BETWEEN_LINES = 10.0
+_OF_CALLBACKS = (
+    ("grad norm", "grad_norm/total", ".2f"),
+    ("skipped", "loss_spike/skipped_steps", ".0f"),
+    ("rolled back", "loss_spike/rollbacks", ".0f"),
+)
+"""What to call a number that a callback has measured last, its key, and its format."""
 
 
 class RunProgress(TQDMProgressBar):
@@ -96,6 +102,9 @@ class RunProgress(TQDMProgressBar):
                 state[name] = f"{float(trainer.callback_metrics[key]):.3f}"
         if trainer.optimizers:
             state["lr"] = f"{trainer.optimizers[0].param_groups[0]['lr']:.1e}"
+        for name, key, form in _OF_CALLBACKS:
+            if key in trainer.callback_metrics:
+                state[name] = format(float(trainer.callback_metrics[key]), form)
         tokens = getattr(trainer.datamodule, "tokens_per_batch", None)  # type: ignore[attr-defined]
         if tokens is not None and elapsed > 0:
             state["tokens/s"] = f"{self._batches * tokens * trainer.world_size / elapsed:,.0f}"

@@ -98,6 +98,8 @@ class FitReport(Callback):
             "checkpoints/best*.ckpt": "lowest validation loss",
             "metrics.csv": "every logged number",
             "figures/*.png": "pictures",
+            "tensorboard": "look at it with tensorboard --logdir",
+            "wandb/offline-run-*": "send it with wandb sync",
             "events.jsonl": "what the callbacks did",
             "config.yaml": "the whole configuration",
         }
@@ -168,8 +170,13 @@ def metrics_table(metrics: Mapping[str, Tensor], first: str) -> str:
 
 def resume_command(run: RunFolder, root: Path, checkpoint: str = "last") -> str:
     """The command line that goes on with a run."""
+    return command_for("fit", run, root, checkpoint)
+
+
+def command_for(command: str, run: RunFolder, root: Path, checkpoint: str) -> str:
+    """The command line that does something with a checkpoint of a run."""
     folder = "" if root == Path("runs") else f" --trainer.default_root_dir {root}"
-    return f"{program_name()} fit --run {run.path.name}{folder} --ckpt_path {checkpoint}"
+    return f"{program_name()} {command} --run {run.path.name}{folder} --ckpt_path {checkpoint}"
 
 
 def program_name() -> str:

@@ -1,15 +1,16 @@
-"""The configuration, kept with the run and in every checkpoint."""
+"""The configuration, kept with the run, in W&B and in every checkpoint."""
 
 from typing import Any
 
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
 
 from lit_transformer.run.folder import RunFolder
 
 
 class SavedConfig(Callback):
-    """Write ``config.yaml`` into the run folder, and the same into each checkpoint.
+    """Write ``config.yaml`` into the run folder, and the same into the W&B run and each checkpoint.
 
     It is what ``--config`` takes. The name of the run, the checkpoint it was resumed from, and the permission to change
     the configuration for that once are left out, so that it can start another run. When a resumed run has another
@@ -26,9 +27,12 @@ class SavedConfig(Callback):
         self.config = {key: value for key, value in config.items() if key not in once}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file."""
+        """Write the file, and tell W&B."""
         if not trainer.is_global_zero:
             return
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_hyperparams(self.config)
         text = yaml.safe_dump(self.config, sort_keys=False)
         if self.run.config.exists() and self.run.config.read_text(encoding="utf-8") != text:
             self.run.config.rename(self.run.path / f"config-until-step-{trainer.global_step}.yaml")

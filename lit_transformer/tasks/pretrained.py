@@ -16,7 +16,7 @@ from lit_transformer.hugging_face import Lora, Task, build, keeps_apart, load, r
 from lit_transformer.nn.positions import document_places
 from lit_transformer.objectives import IGNORED, ClassObjective, Objective, TokenObjective
 from lit_transformer.optim import ParamGroups, Schedule, WarmupCosine
-from lit_transformer.parallel import shards
+from lit_transformer.parallel import spread
 from lit_transformer.task import Batch, LitTask
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids")
@@ -163,10 +163,9 @@ class LitPretrained(LitTask):
         return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED) if self.kind == "causal_lm" else labels
 
     def configure_model(self) -> None:
-        """Refuse strategies that leave sharding to the module."""
-        if self._trainer is not None and shards(self.trainer.strategy):
-            name = type(self.trainer.strategy).__name__
-            raise UsageError(f"{name} is for models of ours as yet, and not for Hugging Face's: use strategy ddp")
+        """Spread the model over devices, where the strategy leaves that to the module."""
+        if self._trainer is not None:
+            spread(self.model, self.trainer.strategy, self._device_mesh)
 
     def setup(self, stage: str) -> None:
         """Check that the data fits the model."""

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torchmetrics.text import CHRFScore, SacreBLEUScore
 
@@ -14,7 +15,7 @@ from lit_transformer.nn import EncoderDecoder, TransformerConfig
 from lit_transformer.nn.beam_search import beam_search
 from lit_transformer.objectives import IGNORED, TokenObjective
 from lit_transformer.optim import ParamGroups, Schedule, WarmupCosine
-from lit_transformer.parallel import shards
+from lit_transformer.parallel import keep_whole, shards
 from lit_transformer.task import Batch
 
 
@@ -58,7 +59,8 @@ class LitSeq2Seq(LitTransformer):
         ValueError: If an argument is out of range.
         UsageError: As :class:`~lit_transformer.module.LitTransformer`.
 
-    Cost: a validation writes ``scored_samples`` texts, a pass of the decoder for each token of the longest one.
+    Cost: a validation writes ``scored_samples`` texts, a pass of the decoder for each token of the longest one; under
+    FSDP2 each device has the whole model for as long as it lasts.
 
     Example:
         >>> task = LitSeq2Seq(TransformerConfig(vocab_size=10, max_length=8, d_model=16, n_layers=1, n_heads=2))
@@ -121,13 +123,17 @@ class LitSeq2Seq(LitTransformer):
         return logits
 
     def setup(self, stage: str) -> None:
-        """Refuse to write where no device has the whole model: texts end at different times on each."""
+        """Refuse to write alone where no device has the whole model."""
         super().setup(stage)
-        writes = self.scored_samples or stage == "predict"
-        if writes and shards(self.trainer.strategy):
+        in_pieces = shards(self.trainer.strategy) and not isinstance(self.trainer.strategy, ModelParallelStrategy)
+        if self.scored_samples and in_pieces:
             raise UsageError(
-                f"texts cannot be written under {type(self.trainer.strategy).__name__}: set scored_samples to 0, and "
-                "predict on one device from a consolidated checkpoint"
+                f"texts cannot be written under {type(self.trainer.strategy).__name__}: set scored_samples to 0"
+            )
+        if stage == "predict" and shards(self.trainer.strategy):
+            raise UsageError(
+                f"texts are not predicted under {type(self.trainer.strategy).__name__}: predict on one device from a "
+                "consolidated checkpoint"
             )
 
     def write(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[list[int]]:
@@ -140,12 +146,22 @@ class LitSeq2Seq(LitTransformer):
         return [text[:-1] if text[-1:] == [self.eos_id] else text for text in texts]
 
     def on_validation_epoch_start(self) -> None:
-        """Count the samples to be written anew."""
+        """Count the samples to be written anew; have the whole model for it, as texts end at other times elsewhere."""
         self._left = self.scored_samples
+        if self.scored_samples:
+            keep_whole(self.model, True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Give it up again."""
+        keep_whole(self.model, False)
 
     def on_test_epoch_start(self) -> None:
         """Likewise."""
-        self._left = self.scored_samples
+        self.on_validation_epoch_start()
+
+    def on_test_epoch_end(self) -> None:
+        """Likewise."""
+        self.on_validation_epoch_end()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """The text for each source; with targets, their loss in nats per token as well."""

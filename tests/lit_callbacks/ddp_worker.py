@@ -13,6 +13,7 @@ from lit_callbacks import (
     ActivationStatsMonitor,
     AdaptiveGradientClipping,
     AttentionEntropyMonitor,
+    Dashboard,
     DeadNeuronDetector,
     DivergenceError,
     GradientNormLogger,
@@ -167,6 +168,9 @@ def main(out):
     monitors = [AttentionEntropyMonitor(1), ActivationStatsMonitor(1)]
     facts["one_branch"] = fit(monitors, out / "branch", module=OneBranch)
     facts["throughput"] = fit([ThroughputLogger(2)], out / "throughput", accumulate_grad_batches=2)
+    dashboard = Dashboard(every_n_steps=3)
+    facts["dashboard"] = fit([GradientNormLogger(1), AttentionEntropyMonitor(1), dashboard], out / "dashboard")
+    facts["dashboard"] |= {"heard": sorted(dashboard.state_dict()["curves"]), "judged": dashboard.diagnosis is not None}
     (out / f"rank_{RANK}.json").write_text(json.dumps(facts))
 
 

@@ -170,3 +170,13 @@ def test_when_recovery_gives_up_all_ranks_stop_with_the_same_error(ranks):
     assert rank_0["stopped"]["weights"] == rank_1["stopped"]["weights"]
     saved = torch.load(out / "stopped/last_good.ckpt", weights_only=True)
     assert all(value.isfinite().all() for value in saved["state_dict"].values())
+
+
+def test_rank_zero_alone_shows_what_all_have_measured(ranks):
+    (rank_0, rank_1), out = ranks
+    assert {"grad_norm/layer_0", "attention_entropy/blocks_0", "train/loss"} <= set(rank_0["dashboard"]["heard"])
+    assert (rank_0["dashboard"]["judged"], rank_1["dashboard"]["judged"]) == (True, False)
+    assert rank_1["dashboard"]["heard"] == []
+    pictures = {path.name for path in (out / "dashboard" / "figures").iterdir()}
+    assert pictures == {"heat_maps_attention_entropy.png", "heat_maps_grad_norm.png"}
+    assert rank_0["dashboard"]["weights"] == rank_0["plain"]["weights"]

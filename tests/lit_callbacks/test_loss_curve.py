@@ -7,7 +7,7 @@ import torch
 
 from helpers import TinyLM, TwoOptimizers, loader
 from lit_callbacks import LossCurve
-from lit_callbacks.loss_curve import MAX_POINTS, Curve
+from lit_callbacks._curve import Curve
 
 
 class KeepsLosses(TinyLM):
@@ -72,9 +72,9 @@ def test_without_matplotlib_it_warns_once(make_trainer, monkeypatch, tmp_path):
 
 def test_a_curve_stays_bounded_and_evenly_spaced():
     curve = Curve()
-    for step in range(10 * MAX_POINTS):
+    for step in range(10 * curve.most):
         curve.add(step, float(step))
-    assert MAX_POINTS / 2 <= len(curve.steps) <= MAX_POINTS
+    assert curve.most / 2 <= len(curve.steps) <= curve.most == 2000
     assert {b - a for a, b in zip(curve.steps, curve.steps[1:], strict=False)} == {curve.stride}
     assert curve.values == [float(step) for step in curve.steps]
     json.dumps(curve.state_dict())
@@ -82,10 +82,10 @@ def test_a_curve_stays_bounded_and_evenly_spaced():
 
 def test_a_saved_curve_continues_as_if_never_interrupted():
     whole, half = Curve(), Curve()
-    for step in range(3 * MAX_POINTS):
+    for step in range(3 * whole.most):
         whole.add(step, math.sqrt(step))
         half.add(step, math.sqrt(step))
-        if step == MAX_POINTS + 7:
+        if step == whole.most + 7:
             half = Curve(**half.state_dict())
     assert vars(half) == vars(whole)
 

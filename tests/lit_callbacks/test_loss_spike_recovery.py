@@ -405,27 +405,6 @@ def test_many_skipped_steps_are_explained_once(make_trainer):
     assert sum("have been skipped" in str(warning.message) for warning in warned) == 1
 
 
-def test_loggers_with_alerts_are_told_of_rollbacks(make_trainer):
-    class WandbLogger(MemoryLogger):
-        def __init__(self):
-            super().__init__()
-            self.alerts = []
-
-        @property
-        def experiment(self):
-            return self
-
-        def alert(self, title, text, wait_duration):
-            self.alerts.append((title, wait_duration))
-
-    logger = WandbLogger()
-    torch.manual_seed(0)
-    injector = FaultInjector([Fault("nan_weight", step=27)])
-    trainer = make_trainer(max_epochs=1, callbacks=[LossSpikeRecovery(**QUICK), injector], logger=logger)
-    trainer.fit(TinyLM(), loader(n_samples=160))
-    assert logger.alerts == [("rollback at step 27", 300)]
-
-
 def test_room_for_snapshots(make_trainer, monkeypatch, tmp_path):
     def run(memory, disk):
         monkeypatch.setattr(lit_callbacks._room, "available_memory", lambda: memory)

@@ -179,19 +179,14 @@ def test_nan_gradients_are_counted_beside_the_histogram(make_trainer):
 def test_wandb_gets_histograms(make_trainer):
     logged = []
 
-    class Experiment:
-        def log(self, values):
-            logged.append(values)
-
     class Recorded(WandbLogger):
         def __init__(self):
             self._prefix = ""
 
-        experiment = Experiment()
-        name = version = save_dir = None
+        experiment = name = version = save_dir = None
 
         def log_metrics(self, metrics, step=None):
-            pass
+            logged.append((step, metrics))
 
         def log_hyperparams(self, *args):
             pass
@@ -202,7 +197,23 @@ def test_wandb_gets_histograms(make_trainer):
     wandb = pytest.importorskip("wandb")
     stats = ParameterStatsLogger(groups=["head.*"], histograms=True)
     make_trainer(logger=Recorded(), callbacks=[stats], max_steps=1).fit(TinyLM(), loader())
-    shown = {key: value for values in logged for key, value in values.items() if key != "trainer/global_step"}
+    shown = {key: value for _, values in logged for key, value in values.items() if "histogram" in key}
     assert set(shown) == {"param_histogram/head__", "grad_histogram/head__"}
     assert all(isinstance(value, wandb.Histogram) and sum(value.histogram) == 1056 for value in shown.values())
-    assert all(values["trainer/global_step"] == 0 for values in logged)
+    assert all(step == 0 for step, _ in logged)
+
+
+def test_without_a_logger_that_shows_them_the_last_histograms_are_a_picture(make_trainer, tmp_path):
+    picture = tmp_path / "figures" / "histograms.png"
+    plain, shown = ParameterStatsLogger(), ParameterStatsLogger(every_n_steps=1, histograms=True)
+    make_trainer(callbacks=[plain], max_steps=2).fit(TinyLM(), loader())
+    assert not picture.exists()
+    make_trainer(callbacks=[shown], max_steps=2).fit(TinyLM(), loader())
+    from matplotlib.image import imread
+
+    height, width, _ = imread(picture).shape
+    assert (width, height) == (960, 360)  # four in a row: weights and gradients of two layers and three kinds
+    logger = TensorBoardLogger(tmp_path, name="board", version="")
+    picture.unlink()
+    make_trainer(callbacks=[shown], max_steps=2, logger=logger).fit(TinyLM(), loader())
+    assert not list(tmp_path.rglob("histograms.png"))

@@ -123,6 +123,13 @@ def test_what_does_not_fit_into_the_queue_is_written_down(tmp_path, monkeypatch)
     assert rows
 
 
+def test_of_a_row_that_is_lost_the_numbers_are_written_down_and_not_the_pictures(tmp_path):
+    logger = shield(Failing("log_metrics", tmp_path))
+    with says("Training goes on"):
+        logger.log_metrics({"loss": torch.tensor(2.5), "picture": object()}, step=3)
+    assert json.loads((tmp_path / "unlogged_metrics.jsonl").read_text()) == {"step": 3, "metrics": {"loss": "2.5"}}
+
+
 def test_a_logger_that_works_sees_the_same_calls():
     plain, shielded = MemoryLogger(), shield(MemoryLogger())
     fit(plain)

@@ -13,13 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_callbacks.checkpointing import committed
 from lit_callbacks.checkpointing.manifest import manifest_path
 from lit_transformer.cli import main
 from lit_transformer.run.metrics_file import read_metrics
 from tiny_config import CONFIG
+from wandb_file import WandbFile
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -78,6 +81,12 @@ def test_a_run_leaves_everything_in_its_folder_and_says_where(cli):
     assert {"val/perplexity", "val/accuracy", "val/bits_per_byte", "lr/decay", "lr/no_decay"} <= set(metrics)
     assert metrics["train/loss"][-1][1] < metrics["train/loss"][0][1]
     assert "Model: LitCausalLM, " in outcome.out
+    assert re.search(
+        r"^step 20/20  loss .*  lr .*  grad norm .*  skipped 0  rolled back 0  tokens/s", outcome.out, re.M
+    )
+    assert "verdict   Healthy: train/loss went from " in outcome.out
+    assert re.search(r"^steps     20, 0 skipped, 0 rolled back, 0 lost by that$", outcome.out, re.M)
+    assert re.search(r"^next      .* test --run a --ckpt_path best$", outcome.out, re.M)
     assert "Precision: 32-true (as configured)" in outcome.out
     assert "and how the model goes on:" in outcome.out
     assert "step 20/20  loss" in outcome.out
@@ -225,18 +234,71 @@ def test_generate_streams_text_that_the_cache_does_not_change(cli, tokenizer):
 def test_default_callbacks_are_top_level_keys(cli):
     cli("fit", "--config", "config.yaml", "--run", "a", "--gradient_norm_logger.every_n_steps", 5)
     assert [step for step, _ in read_metrics(Path("runs/a/metrics.csv"))["grad_norm/total"]] == [0, 5, 10, 15]
-    cli("fit", "--config", "config.yaml", "--run", "b", "--gradient_norm_logger", "null", "--loss_curve", "null")
+    cli(
+        "fit",
+        "--config",
+        "config.yaml",
+        "--run",
+        "b",
+        "--gradient_norm_logger",
+        "null",
+        "--loss_curve",
+        "null",
+        "--dashboard",
+        "null",
+    )
     assert "grad_norm/total" not in read_metrics(Path("runs/b/metrics.csv"))
     assert not Path("runs/b/figures").exists()
 
 
-def test_wandb_and_tensorboard_are_one_word_each(cli, monkeypatch):
+def test_wandb_and_tensorboard_are_one_word_each(cli, monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
-    assert cli("fit", "--config", "config.yaml", "--run", "a", "--wandb", "true", "--tensorboard", "true").code == 0
-    assert any(Path("runs/a/wandb").glob("offline-run-*"))
-    assert any(Path("runs/a/tensorboard").glob("events*"))
-    assert Path("runs/a/wandb_id.txt").read_text()
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    often = [f"--{name}.every_n_steps=5" for name in ("gradient_norm_logger", "attention_entropy_monitor")]
+    dead = ["--dead_neuron_detector.every_n_steps=2", "--dead_neuron_detector.window_tokens=64"]
+    fit = ["fit", "--config", "config.yaml", "--run", "a", "--wandb", "true", "--tensorboard", "true", *often, *dead]
+    outcome = cli(*fit)
+    assert outcome.code == 0
+    assert "W&B: this run is kept offline, as there is no API key" in outcome.out
+    assert "send it with wandb sync" in outcome.out
+    wandb.finish()
+    run = WandbFile("runs/a")  # offline, as there is no key
+    pictures = {"heat_maps/attention_entropy", "heat_maps/grad_norm", "heat_maps/dead_neurons"}
+    assert pictures <= run.keys
+    assert run.twice() == set()
+    assert all("trainer/global_step" in row for row in run.rows)
+    numbers = read_metrics(Path("runs/a/metrics.csv"))
+    assert set(numbers) == run.keys - pictures - {"trainer/global_step", "epoch", "events/table"}
+    assert run.config["trainer"]["gradient_clip_val"] == 1.0
+    assert run.config["model"]["init_args"]["config"]["d_model"] == 16
+    assert run.config["data"]["init_args"]["batch_size"] == 4
+    assert run.config["gradient_norm_logger"]["init_args"]["every_n_steps"] == 5
+    assert run.tags == ["single_device", "32-true"]
+    assert run.summary["val/loss"] == {"min": pytest.approx(min(value for _, value in numbers["val/loss"]))}
+    assert run.summary["health/verdict"] == "healthy"
+    events = EventAccumulator("runs/a/tensorboard")
+    events.Reload()
+    assert set(events.Tags()["images"]) == pictures
+    assert set(numbers) <= set(events.Tags()["scalars"])
+    assert {path.name for path in Path("runs/a/figures").glob("heat*")} == {
+        f"{k.replace('/', '_')}.png" for k in pictures
+    }
+
+    assert cli(*fit, "--ckpt_path", "last", "--trainer.max_steps", 22, "--allow_config_change", "true").code == 0
+    wandb.finish()
+    assert len({path.name for path in Path("runs/a/wandb").glob("offline-run-*/*.wandb")}) == 1, "the same run goes on"
+    assert len(list(Path("runs/a/wandb").glob("offline-run-*/*.wandb"))) == 2
+
+
+def test_a_logger_that_is_not_installed_is_named(cli, monkeypatch):
+    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", False)
+    outcome = cli("fit", "--config", "config.yaml", "--run", "a", "--wandb", "true")
+    assert outcome.code == 2
+    assert "wandb is not installed; pip install wandb, or leave --wandb out" in outcome.error
+    assert not Path("runs/a").exists()
 
 
 def test_a_fast_dev_run_leaves_nothing_behind(cli):

@@ -1,6 +1,7 @@
 """The files of a run: folder, metrics, configuration errors, precision, loggers."""
 
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from jsonargparse import ArgumentParser
 from lit_callbacks.checkpointing.manifest import Manifest, contents
 from lit_transformer.commands.checkpoints import find_run, locate, resume_point
 from lit_transformer.errors import UsageError
+from lit_transformer.run import wandb_server
 from lit_transformer.run.config_errors import explain
 from lit_transformer.run.folder import RunFolder
 from lit_transformer.run.loggers import make_loggers
 from lit_transformer.run.metrics_file import MetricsFile, cut_back, read_metrics
 from lit_transformer.run.precision import choose_precision
+from lit_transformer.run.wandb_server import why_offline
 
 
 @pytest.fixture(autouse=True)
@@ -208,6 +211,45 @@ def test_the_same_wandb_run_goes_on(tmp_path, monkeypatch):
     first = make_loggers(run, MetricsFile(run.metrics), wandb=True, tensorboard=False, configured=None)[1]
     second = make_loggers(run, MetricsFile(run.metrics, 5), wandb=True, tensorboard=False, configured=None)[1]
     assert first.version == second.version == run.wandb_id.read_text()
+
+
+@pytest.fixture
+def server():
+    """Something that takes connections, and the address of something that does not."""
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.create_server(("127.0.0.1", 0)) as other:
+        closed = other.getsockname()[1]
+        other.close()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", f"http://127.0.0.1:{closed}"
+
+
+def test_wandb_is_offline_unless_there_is_a_key_and_a_server_that_answers(server, tmp_path, monkeypatch):
+    keys = tmp_path / "netrc"
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "http_proxy", "https_proxy", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(keys))
+    up, down = server
+    monkeypatch.setenv("WANDB_BASE_URL", up)
+    assert "no API key" in why_offline()
+    keys.write_text(f"machine {up.removeprefix('http://')} login user password {'x' * 40}\n")
+    assert why_offline() is None
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", down)
+    assert why_offline() == "127.0.0.1 does not answer"
+    monkeypatch.setenv("https_proxy", up)  # then the proxy is whom W&B asks
+    assert why_offline() is None
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert "WANDB_MODE" in why_offline()
+
+
+@pytest.mark.parametrize("host", ["api.wandb.ai", "default"])
+def test_a_key_is_found_for_the_server_of_this_version_and_for_the_former(host, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(wandb_server, "_default_server", lambda: server[0])
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    machine = server[0].removeprefix("http://") if host == "default" else host
+    (tmp_path / "netrc").write_text(f"machine {machine} login user password {'x' * 40}\n")
+    assert why_offline() is None
 
 
 def test_loggers_of_the_configuration_come_after_ours(tmp_path):

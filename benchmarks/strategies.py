@@ -1,0 +1,83 @@
+"""Training under every strategy, with two processes on CPUs, against one process with the same global batch.
+
+Each cell of the grid {strategy} x {fp32, bf16} x {1, 2 batches a step} x {clipped, not clipped} is one run of 40
+steps in which one rank's loss is not a number at step 12, a batch is wild at step 26, and weights are damaged at step
+30. Printed are the largest relative deviations from the single process: of a step's loss, of a weight's absolute sum at
+the end, of gradient norms (total, before and after clipping); and whether recovery did the same at the same steps, and
+a run resumed at step 20 is the same bit for bit. A run takes a few seconds.
+
+    python benchmarks/strategies.py
+    python benchmarks/strategies.py --strategies fsdp2 fsdp
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1] / "tests"
+sys.path.insert(0, str(TESTS))
+
+from helpers import two_ranks  # noqa: E402
+from strategy_worker import GRID, STRATEGIES, Cell, resumed_part  # noqa: E402
+
+NORMS = ("grad_norm/total", "grad_norm/clipped")
+
+
+def deviation(found: dict, wanted: dict) -> float:
+    """The largest relative one. What is not a number has to be so on both sides."""
+    assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
+    pairs = [(found[key], wanted[key]) for key in wanted]
+    assert all((a != a) == (b != b) for a, b in pairs)
+    return max((abs(a - b) / abs(b) for a, b in pairs if b and a == a), default=0.0)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    several = [name for name in STRATEGIES if name != "single"]
+    parser.add_argument("--strategies", nargs="+", default=several, choices=several)
+    options = parser.parse_args()
+    print(
+        "| strategy | precision | batches a step | clipped | losses | weights | gradient norms | recovery | resumed |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        text = out / "text.txt"
+        text.write_text("".join(f"{i * i % 97:03d}, {i:04d}; " for i in range(4000)))
+        alone = [cell.run(out / "single", str(text), "single") for cell in GRID]
+        for strategy in options.strategies:
+            numbers = map(str, range(len(GRID)))
+            worker = TESTS / "strategy_worker.py"
+            (out / strategy).mkdir()
+            ranks = two_ranks(worker, out / strategy, strategy, strategy, str(text), *numbers, timeout=1200)
+            for cell, single in zip(GRID, alone, strict=True):
+                print(row(strategy, cell, ranks, single), flush=True)
+
+
+def row(strategy: str, cell: Cell, ranks: list[dict], alone: dict) -> str:
+    """A line of the table."""
+    first, second = (rank[str(cell)] for rank in ranks)
+    losses = {step: (loss + second["losses"][step]) / 2 for step, loss in first["losses"].items()}
+    values = [
+        deviation(losses, alone["losses"]),
+        deviation(first["weights"], alone["weights"]),
+        deviation(norms(first), norms(alone)),
+    ]
+    words = [
+        "same steps" if first["events"] == alone["events"] else "OTHER STEPS",
+        "bit for bit" if first["resumed"] == resumed_part(first) else "DIFFERS",
+    ]
+    names = [strategy, cell.precision, str(cell.accumulate), "yes" if cell.clip else "no"]
+    return f"| {' | '.join([*names, *(f'{value:.0e}' for value in values), *words])} |"
+
+
+def norms(side: dict) -> dict[str, float]:
+    """The gradient norms of a run by step and key."""
+    logged = side["logged"].items()
+    return {f"{step} {key}": metrics[key] for step, metrics in logged for key in NORMS if key in metrics}
+
+
+if __name__ == "__main__":
+    main()

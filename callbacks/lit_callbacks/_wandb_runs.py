@@ -1,0 +1,132 @@
+"""What a W&B run is told beside the metrics: which summary is right, tags, alerts, events, the verdict, checkpoints."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from lit_callbacks._pictures import logger_kind
+
+STEP = "trainer/global_step"
+_COUNTERS = ("skipped_steps", "rollbacks", "steps_lost", "nonfinite", "accepted", "score")
+_BEST = {
+    **{f"{stage}{sign}loss": "min" for stage in ("train", "val") for sign in "/_"},
+    **{f"loss_spike/{counter}": "max" for counter in _COUNTERS},
+    "loss_spike/lr_factor": "min",
+    "val/perplexity": "min",
+    "val/accuracy": "max",
+    "grad_norm/total": "max",
+    "attention_entropy/min": "min",
+}
+"""What the summary of a key is; by default it is the last value. By name: W&B ignores a pattern's summary."""
+
+_TITLES = {
+    "skip": "Loss spike: steps are skipped",
+    "rollback": "Weights rolled back",
+    "accept": "New loss level accepted",
+    "stop": "Run stopped",
+    "shutdown": "Run stopped",
+    "hang": "Run hangs",
+    "save_failed": "Checkpoint not saved",
+    "entropy_collapse": "Attention entropy collapse",
+    "attention_uniform": "Attention stays uniform",
+    "gradient_exploding": "Gradient explodes",
+    "gradient_vanishing": "Gradient vanishes",
+    "gradient_not_finite": "Gradient not finite",
+}
+
+
+def wandb_runs(trainer: Trainer) -> list[Any]:
+    """The W&B runs of a trainer's loggers, less those that are switched off, or have not answered in time."""
+    runs = [logger.experiment for logger in trainer.loggers if logger_kind(logger) == "WandbLogger"]  # type: ignore[attr-defined]
+    return [run for run in runs if type(run).__name__ not in ("RunDisabled", "_DummyExperiment")]
+
+
+def introduce(trainer: Trainer) -> None:
+    """Define what the summary of a key is, and say by tags how the run is made."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    monitored = {key: str(getattr(c, "mode", "min")) for c in callbacks if (key := getattr(c, "monitor", None))}
+    strategy = getattr(trainer.strategy, "strategy_name", None) or type(trainer.strategy).__name__
+    for run in wandb_runs(trainer):
+        for key, best in {**_BEST, **monitored}.items():
+            run.define_metric(key, step_metric=STEP, summary=best)
+        run.tags = tuple(dict.fromkeys([*(run.tags or ()), str(strategy), str(trainer.precision)]))
+
+
+class Alerts:
+    """One alert of a kind in so many minutes: whoever is woken by the first does not need the second.
+
+    Args:
+        every_minutes: Least time between two of a kind.
+    """
+
+    def __init__(self, every_minutes: float) -> None:
+        self.every_minutes = every_minutes
+        self._last: dict[str, float] = {}
+
+    def raise_for(self, trainer: Trainer, event: Mapping[str, Any]) -> None:
+        """An alert, if the event is one to be told of."""
+        kind = str(event.get("alarm") or event.get("event"))
+        if kind in _TITLES:
+            ((step, _, where, text),) = event_rows([event])
+            self.send(trainer, _TITLES[kind], f"step {step}: {text or where}")
+
+    def send(self, trainer: Trainer, title: str, text: str) -> None:
+        """One of a title, unless there was one lately."""
+        now = time.monotonic()
+        if now - self._last.get(title, -float("inf")) < 60 * self.every_minutes:
+            return
+        self._last[title] = now
+        for run in wandb_runs(trainer):
+            run.alert(title=title, text=text, wait_duration=60 * self.every_minutes)
+
+
+def event_rows(events: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """Step, event, where and text of each, for a table.
+
+    Example:
+        >>> event_rows([{"step": 7, "event": "alarm", "alarm": "entropy_collapse", "where": ["a, head 0"]}])
+        [[7, 'entropy_collapse', 'a, head 0', '']]
+    """
+    rows = []
+    for event in events:
+        where = event.get("where") or event.get("parameter") or ""
+        shown = where if isinstance(where, str) else ", ".join(map(str, where))
+        text = next((str(event[key]) for key in ("text", "message", "reason", "error") if event.get(key)), "")
+        rows.append([event.get("step"), str(event.get("alarm") or event.get("event")), shown, text])
+    return rows
+
+
+def log_events(trainer: Trainer, step: int, events: Sequence[Mapping[str, Any]]) -> None:
+    """All of them as one table, which replaces the last."""
+    loggers: list[Any] = trainer.loggers
+    for logger in loggers:
+        if logger_kind(logger) == "WandbLogger":
+            logger.log_table("events/table", ["step", "event", "where", "text"], event_rows(events), step=step)
+
+
+def keep_checkpoints(trainer: Trainer) -> None:
+    """The last and the best checkpoint as versions of one artifact; without a network they wait in the run's folder."""
+    import wandb
+
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    aliases: dict[str, list[str]] = {}
+    for callback in callbacks:
+        if isinstance(callback, Checkpoint):
+            best, last = (str(getattr(callback, f"{which}_model_path", "")) for which in ("best", "last"))
+            # Without a monitor the "best" is the newest.
+            found = {"best": best, "last": last} if getattr(callback, "monitor", None) else {"last": last or best}
+            for alias, path in found.items():
+                if path and Path(path).exists():
+                    aliases.setdefault(path, []).append(alias)
+    for run in wandb_runs(trainer):
+        for path, names in aliases.items():
+            artifact = wandb.Artifact(f"checkpoint-{run.id}", type="model", metadata={"step": trainer.global_step})
+            if Path(path).is_dir():
+                artifact.add_dir(path)
+            else:
+                artifact.add_file(path, policy="immutable")  # not copied first
+            run.log_artifact(artifact, aliases=names)

@@ -1,0 +1,209 @@
+"""Healthy, recovered, at risk, not learning, diverging or stopped: the verdict on a run, and whose fault it was."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lit_callbacks.health.remarks import count, explain
+from lit_callbacks.health.series import Course, Series, course, loss_key
+from lit_callbacks.health.signs import DEAD, Sign, first_signs, order
+
+_HORIZON, _NEAR = 500, 100
+"""Steps before trouble in which an alarm, or else a value out of line, counts as its first sign.
+
+The first is how long LossSpikeRecovery remembers a rollback. The second is two measurements at the default cadence; the
+longest that a value has been measured to lead the loss was 57 steps.
+"""
+_EPISODE = 12  # steps between two actions of one episode: the patience of LossSpikeRecovery
+_ACTIONS = ("skip", "rollback", "accept", "stop")
+_JUDGED = 20  # values of the loss, fewer of which say nothing about learning
+_UNIFORM = 0.99  # as for AttentionEntropyMonitor
+_ADVICE = {
+    "gradient": "What to do: lower the learning rate, warm up for longer, or clip with gradient_clip_val=1.0.",
+    "attention": "What to do: lower the learning rate, warm up for longer, or normalise queries and keys (qk_norm).",
+    "residual": "What to do: lower the learning rate; look at initialisation and norm placement.",
+    "neurons": "What to do: lower the learning rate, warm up for longer, or take GELU or SwiGLU in place of ReLU.",
+    "not_finite": "What to do: look at the module and the batch that are named; in fp16 take precision='bf16-mixed'.",
+}
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What can be said of a run.
+
+    Args:
+        verdict: ``"no data"``, ``"healthy"``, ``"recovered"``, ``"at risk"``, ``"not learning"``, ``"diverging"`` or
+            ``"stopped"``: the worst that is true.
+        culprit: The layer, head or parameter in which it was seen first; empty if nothing was measured there.
+        first_warning_step: When it was seen first; None where nothing was.
+        sentences: The same in plain words: the verdict, what was seen first, what was done, what to do.
+    """
+
+    verdict: str
+    culprit: str
+    first_warning_step: int | None
+    sentences: tuple[str, ...]
+
+
+def diagnose(series: Series, events: Sequence[Mapping[str, Any]]) -> Diagnosis:
+    """The verdict on a run.
+
+    It *diverges* when the loss has left its lowest level for good, or is not finite at the end; it was *stopped* by
+    recovery or a guard, it *recovered* from what they answered. It is *not learning* when the loss is no lower than at
+    the beginning, or an observer has found that it learns nothing from context. It is *at risk* when there was an alarm
+    that nobody answered, or most units of a layer are dead.
+
+    Args:
+        series: ``(step, value)`` pairs, by step, under the keys of the callbacks' catalogue; missing ones are done
+            without. The loss is ``train/loss`` or what comes nearest.
+        events: Lines of ``events.jsonl``.
+
+    Cost: 20 ms for 10,000 values of the loss; the layers' values are looked at around the trouble only.
+
+    Example:
+        >>> loss = [(step, 2.0 + 2.0 / (1 + step)) for step in range(60)] + [(60 + i, 8.0) for i in range(30)]
+        >>> norms = [(step, 40.0 if step >= 55 else 1.0) for step in range(0, 90, 5)]
+        >>> found = diagnose({"train/loss": loss, "grad_norm/layer_3": norms, "grad_norm/layer_0": [(0, 1.0)]}, [])
+        >>> found.verdict, found.culprit, found.first_warning_step
+        ('diverging', 'layer_3', 55)
+    """
+    key = loss_key(series)
+    points = series[key] if key else ()
+    events = sorted((event for event in events if isinstance(event.get("step"), int)), key=lambda event: event["step"])
+    if not points and not events:
+        return Diagnosis("no data", "", None, ("Nothing has been logged yet.",))
+    end = max([step for step, _ in points[-1:]] + [event["step"] for event in events[-1:]])
+    # A level that was accepted as the new normal is where the loss begins.
+    begin = max((event["step"] for event in events if event.get("event") == "accept"), default=0)
+    judged = [point for point in points if point[0] >= begin] or list(points)
+    loss = course(judged) if judged else None
+    actions = [event for event in events if event.get("event") in _ACTIONS]
+    episodes = _episodes(actions)
+    done = _what_was_done(actions, len(episodes))
+
+    if stop := _stopped(actions, end):
+        onset = next(e[0]["step"] for e in episodes if e[-1]["step"] >= stop)
+        return _trouble("stopped", f"Stopped at step {stop}: going on did not help.", onset, series, events, done)
+    if loss is not None and loss.rises_from is not None:
+        return _trouble("diverging", _diverging(loss, judged[-1][1]), loss.rises_from, series, events, done)
+    if reason := _not_learning(loss, len(judged), series, events):
+        warned = [e["step"] for e in events if e.get("alarm") == "attention_uniform" or e.get("id") == "not-learning"]
+        advice = (
+            "What to do: look at learning rate and warm-up; with post-LN warm up; see that labels fit their inputs."
+        )
+        return Diagnosis("not learning", "", min(warned, default=None), (f"Not learning: {reason}.", *done, advice))
+    if signs := _unanswered(series, events, actions, end):
+        what = "a layer is all but dead" if signs[0].kind == "neurons" else "there was an alarm that nothing answered"
+        return _about("at risk", f"At risk: the loss is well so far, but {what}.", signs, done)
+    if episodes:
+        text = f"Recovered {_times(len(episodes))}; the loss went on as before."
+        return _trouble("recovered", text, episodes[0][0]["step"], series, events, done)
+    return Diagnosis("healthy", "", None, (_healthy(loss, key),))
+
+
+def _trouble(
+    verdict: str, text: str, onset: int, series: Series, events: Sequence[Mapping[str, Any]], done: Sequence[str]
+) -> Diagnosis:
+    """Look for the first signs of what was there at ``onset``."""
+    end = onset + _EPISODE
+    signs = [*first_signs({}, events, onset - _HORIZON, end), *first_signs(series, (), onset - _NEAR, end)]
+    if signs:
+        return _about(verdict, text, sorted(signs, key=order), done)
+    unseen = f"No layer was measured out of line in the {_NEAR} steps before step {onset}: measure more often."
+    if event := next((event for event in events if event["step"] == onset and event.get("event") in _ACTIONS), None):
+        unseen = f"What was seen first: at step {onset}, {explain(event, series).seen}; in no layer that was measured."
+    return Diagnosis(verdict, "", onset, (text, unseen, *done))
+
+
+def _about(verdict: str, text: str, signs: Sequence[Sign], done: Sequence[str]) -> Diagnosis:
+    first = signs[0]
+    others = list(dict.fromkeys(sign.where for sign in signs[1:] if sign.where != first.where))
+    then = f" Then in {', '.join(others[:3])}{' and others' if len(others) > 3 else ''}." if others else ""
+    seen = f"What was seen first: at step {first.step}, in {first.where}, {first.text}.{then}"
+    return Diagnosis(verdict, first.where, first.step, (text, seen, *done, _ADVICE[first.kind]))
+
+
+def _episodes(actions: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Actions that belong together."""
+    episodes: list[list[Mapping[str, Any]]] = []
+    for event in actions:
+        if episodes and event["step"] - episodes[-1][-1]["step"] <= _EPISODE:
+            episodes[-1].append(event)
+        else:
+            episodes.append([event])
+    return episodes
+
+
+def _stopped(actions: Sequence[Mapping[str, Any]], end: int) -> int | None:
+    """The step at which recovery or a guard ended the run, if it was not gone on with."""
+    if not actions or end > actions[-1]["step"] + _EPISODE:
+        return None
+    last = actions[-1]
+    gave_up = last["event"] == "stop" or last.get("in_a_row", 0) >= 10  # the guard's patience
+    return int(last["step"]) if gave_up else None
+
+
+def _diverging(loss: Course, last: float) -> str:
+    ended = f"{loss.last:.4g}" if math.isfinite(last) and math.isfinite(loss.last) else "a value that is not finite"
+    return f"Diverging since step {loss.rises_from}: the loss had come down to {loss.lowest:.4g} and ends at {ended}."
+
+
+def _not_learning(loss: Course | None, n: int, series: Series, events: Sequence[Mapping[str, Any]]) -> str:
+    noise = 0.0 if loss is None else max(0.01 * abs(loss.first), 3 * loss.noise)
+    if loss is not None and n >= _JUDGED and loss.last > loss.first - min(0.05 * abs(loss.first), noise):
+        return f"the loss began at {loss.first:.4g} and ends at {loss.last:.4g}"
+    findings = [event for event in events if event.get("event") == "recipe" and event.get("id") == "not-learning"]
+    if findings:
+        return str(findings[-1].get("text", "the loss is that of guessing by frequency")).rstrip(".")
+    if any(event.get("alarm") == "attention_uniform" for event in events):
+        entropies = [
+            points[-1][1]
+            for key, points in series.items()
+            if key.startswith("attention_entropy/") and not key.endswith("/min") and len(points)
+        ]
+        if not entropies or sorted(entropies)[len(entropies) // 2] > _UNIFORM:
+            return "attention looks at everything alike, so that nothing is learned from context"
+    return ""
+
+
+def _unanswered(
+    series: Series, events: Sequence[Mapping[str, Any]], actions: Sequence[Mapping[str, Any]], end: int
+) -> list[Sign]:
+    """Alarms in whose 500 steps nothing was done, and layers that are dead at the end."""
+    alarms = [
+        event for event in events
+        if event.get("event") == "alarm" and event.get("alarm") != "attention_uniform"
+        and not any(0 <= action["step"] - event["step"] <= _HORIZON for action in actions)
+    ]  # fmt: skip
+    signs = first_signs({}, alarms, 0, end)
+    dead = {
+        key: points
+        for key, points in series.items()
+        if key.startswith("dead_neurons/") and len(points) and points[-1][1] >= DEAD
+    }
+    return sorted([*signs, *first_signs(dead, (), 0, end)], key=order)
+
+
+def _what_was_done(actions: Sequence[Mapping[str, Any]], episodes: int) -> tuple[str, ...]:
+    if not actions:
+        return ()
+    kinds = [event["event"] for event in actions]
+    went_back = [event for event in actions if event["event"] == "rollback"]
+    lost = kinds.count("skip") + sum(max(1, event["step"] - event.get("to_step", event["step"])) for event in went_back)
+    parts = [count(kinds.count("skip"), "skipped step")]
+    if went_back:
+        parts.append(f"weights put back {_times(len(went_back))}")
+    if accepted := kinds.count("accept"):
+        parts.append(f"a new level accepted {_times(accepted)}")
+    return (f"What was done: {', '.join(parts)}, in {count(episodes, 'episode')}; it cost {count(lost, 'step')}.",)
+
+
+def _healthy(loss: Course | None, key: str | None) -> str:
+    if loss is None:
+        return "Healthy as far as events tell; no loss was logged."
+    return f"Healthy: {key} went from {loss.first:.4g} to {loss.last:.4g}, and nothing was out of line."
+
+
+def _times(n: int) -> str:
+    return {1: "once", 2: "twice"}.get(n, f"{n} times")

@@ -1,0 +1,155 @@
+"""What was seen first: which layer's gradient, attention, activations or units were out of line with their own past."""
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lit_callbacks.health.series import Points, Series
+
+# Of ln g, in robust standard deviations of the 40 values before, which are at least 0.1: 0.5 alarms in 1000 healthy
+# steps. While there are fewer than 20 of them, ten times their median, as for GradientNormLogger.
+_K, _FLOOR, _WINDOW, _ENOUGH, _FEWEST, _RATIO = 12, 0.1, 40, 20, 5, 10.0
+# As AttentionEntropyMonitor has it.
+_COLLAPSE_RATIO, _COLLAPSE_LOGIT = 0.5, 50.0
+DEAD = 0.7
+"""A share of dead units above which a layer is in trouble: the most that is reported of a trained model (OPT-66B)."""
+
+_KINDS = ("attention_in", "attention_out", "feed_forward_in", "feed_forward_out", "norm", "embedding", "head", "other")
+_TOTALS = ("total", "clipped", "rms", "nonfinite", "exploding", "vanishing", "threshold", "clip_coefficient")
+_NOT_LAYERS = {*_KINDS, *_TOTALS, "min", "window_tokens"}
+_POSITIVE = {
+    "grad_norm/": "the gradient norm",
+    "residual/rms_": "the residual stream's size",
+    "residual/max_": "the residual stream's largest element",
+    "residual/kurtosis_": "the residual stream's kurtosis",
+    "attention_logit_max/": "the largest attention logit",
+}
+_SECTIONS = ("attention_entropy", "dead_neurons")
+_ALARMS = {
+    "gradient_not_finite": "the gradient was not finite",
+    "gradient_exploding": "the gradient norm was far above its usual value",
+    "gradient_vanishing": "the gradient had all but vanished",
+    "entropy_collapse": "the attention entropy had collapsed",
+    "attention_uniform": "attention still looked at everything alike",
+}
+
+
+class Sign(NamedTuple):
+    """Something out of line."""
+
+    step: int
+    kind: str
+    """``gradient``, ``attention``, ``residual``, ``neurons`` or ``not_finite``."""
+    where: str
+    strength: float
+    """To compare signs of one step: how far out of line."""
+    text: str
+
+
+def first_signs(series: Series, events: Sequence[Mapping[str, Any]], begin: int, end: int) -> list[Sign]:
+    """All signs from step ``begin`` to ``end``, at most one of a series, the earliest and strongest first."""
+    near = {key: _between(points, begin, end) for key, points in series.items() if _is_watched(key)}
+    found = [*_of_events(events), *_of_series(near, begin)]
+    return sorted((sign for sign in found if begin <= sign.step <= end), key=order)
+
+
+def order(sign: Sign) -> tuple[int, float]:
+    """The earliest and, of one step, the strongest first."""
+    return sign.step, -sign.strength
+
+
+def alarm_text(alarm: str) -> str:
+    """What an alarm means.
+
+    Example:
+        >>> alarm_text("entropy_collapse")
+        'the attention entropy had collapsed'
+    """
+    return _ALARMS.get(alarm, alarm.replace("_", " "))
+
+
+def _of_events(events: Sequence[Mapping[str, Any]]) -> Iterator[Sign]:
+    # With such a loss all gradients are not finite, and which parameter comes first says nothing.
+    bad_losses = {event.get("step") for event in events if event.get("rule") == "non_finite_loss"}
+    for event in events:
+        step, kind, where = event.get("step"), event.get("event"), event.get("where")
+        if not isinstance(step, int) or (step in bad_losses and kind != "autopsy"):
+            continue
+        if kind == "alarm" and where:
+            alarm = str(event.get("alarm"))
+            sort = "not_finite" if "finite" in alarm else "gradient" if "gradient" in alarm else "attention"
+            yield Sign(step, sort, str(where[0]), 1e6, alarm_text(alarm))
+        elif kind == "autopsy" and where:
+            yield Sign(step, "not_finite", str(where), 3e6, "the first value that was not finite was made")
+        elif kind in ("skip", "rollback", "stop") and event.get("parameter"):
+            yield Sign(step, "not_finite", str(event["parameter"]), 2e6, "the gradient was not finite")
+
+
+def _is_watched(key: str) -> bool:
+    section, _, name = key.partition("/")
+    return name not in _NOT_LAYERS and (section in _SECTIONS or key.startswith(tuple(_POSITIVE)))
+
+
+def _between(points: Points, begin: int, end: int) -> Points:
+    """Those from ``begin`` to ``end``, and what is needed to judge the first of them."""
+    first = bisect_left(points, begin, key=lambda point: point[0])
+    return points[max(0, first - _WINDOW) : bisect_right(points, end, key=lambda point: point[0])]
+
+
+def _of_series(series: Series, begin: int) -> Iterator[Sign]:
+    for key, points in series.items():
+        section, _, name = key.partition("/")
+        sign = None
+        if section == "attention_entropy":
+            layer = name.partition("_head_")[0]
+            sign = _collapse(name, points, dict(series.get(f"attention_logit_max/{layer}", ())), begin)
+        elif section == "dead_neurons":
+            at = next(((step, share) for step, share in points if step >= begin and share >= DEAD), None)
+            sign = at and Sign(at[0], "neurons", name, at[1], f"{at[1]:.0%} of the units were dead")
+        elif prefix := next((prefix for prefix in _POSITIVE if key.startswith(prefix)), None):
+            sign = _too_large(key, prefix, points, begin)
+        if sign is not None:
+            yield sign
+
+
+def _too_large(key: str, prefix: str, points: Points, begin: int) -> Sign | None:
+    """The first value out of line in logs, upwards."""
+    where = key.removeprefix(prefix)
+    kind = {"grad_norm/": "gradient", "attention_logit_max/": "attention"}.get(prefix, "residual")
+    # An excess kurtosis begins at -2.
+    shift = 3.0 if prefix == "residual/kurtosis_" else 0.0
+    past: list[float] = []
+    for step, raw in points:
+        value = raw + shift
+        if not math.isfinite(value):
+            if step >= begin:
+                return Sign(step, "not_finite", where, math.inf, f"{_POSITIVE[prefix]} was not finite")
+            continue
+        log = math.log(max(value, 1e-30))
+        if step >= begin and len(past) >= _FEWEST:
+            middle = float(np.median(past))
+            spread = 1.4826 * float(np.median(np.abs(np.array(past) - middle)))
+            limit = _K * max(spread, _FLOOR) if len(past) >= _ENOUGH else math.log(_RATIO)
+            if log - middle > limit:
+                times = math.exp(log - middle)
+                return Sign(step, kind, where, times, f"{_POSITIVE[prefix]} was {times:.3g} times its usual value")
+        past = [*past, log][-_WINDOW:]
+    return None
+
+
+def _collapse(name: str, points: Points, logits: Mapping[int, float], begin: int) -> Sign | None:
+    """The first entropy below half its usual value, with logits so large that it is not a choice that was learnt."""
+    past: list[float] = []
+    for step, value in points:
+        if not math.isfinite(value):
+            continue
+        if len(past) >= _FEWEST and step >= begin:
+            middle = float(np.median(past))
+            if value < _COLLAPSE_RATIO * middle and logits.get(step, 0.0) > _COLLAPSE_LOGIT:
+                text = f"the attention entropy fell from its usual {middle:.2f} to {value:.2f}"
+                return Sign(step, "attention", name, middle / max(value, 1e-6), text)
+        past = [*past, value][-_ENOUGH:]
+    return None

@@ -1,0 +1,67 @@
+"""A run's configuration as flat text, without secrets."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lit_callbacks._redaction import redacted
+
+# A secret by its name: "hf_token" and "api_key" are, "pad_token", "token_dropout" and "n_kv_heads" are not.
+_SECRET = re.compile(
+    r"(?:^|[._-])(?:(?:api|access|secret|private|auth|hf|wandb|bearer)[_-]?(?:key|token)|token|passw(?:or)?d|secret|"
+    r"credentials?|authorization)$",
+    re.IGNORECASE,
+)
+_LOGIN = re.compile(r"(?<=://)[^/@\s:]+:[^/@\s]+(?=@)")
+_LONGEST = 400  # characters of a value
+
+
+def without_secrets(text: str) -> str:
+    """Text in which no value of a secret environment variable and no login of an address stands.
+
+    Example:
+        >>> without_secrets("s3://name:password@host/bucket")
+        's3://<redacted>@host/bucket'
+    """
+    return _LOGIN.sub("<redacted>", str(redacted(text)))
+
+
+def flat(config: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """The leaves of a nested configuration, as names with dots and text.
+
+    Example:
+        >>> list(flat({"a": {"b": 1, "api_key": "x"}, "c": [1, 2], "d": {}}))
+        [('a.b', '1'), ('a.api_key', '<redacted>'), ('c', '[1, 2]'), ('d', '{}')]
+    """
+    if isinstance(config, dict) and config:
+        for key, value in config.items():
+            yield from flat(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(config, list) and any(isinstance(item, dict) for item in config):
+        for i, value in enumerate(config):
+            yield from flat(value, f"{name}.{i}")
+    elif config not in (None, "") and _SECRET.search(name):
+        yield name, "<redacted>"
+    else:
+        yield name, _cut(without_secrets(str(config)))
+
+
+def read_settings(path: Path) -> dict[str, str]:
+    """A YAML file, flat. One that is not plain YAML is given line by line.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    import yaml
+
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        return dict(flat(yaml.safe_load(text) or {}))
+    except (yaml.YAMLError, RecursionError):  # Lightning's hparams.yaml may hold Python objects
+        lines = [line.partition(":") for line in text.splitlines() if ":" in line]
+        found = ((key.strip(" -"), value.strip()) for key, _, value in lines)
+        return {key: next(text for _, text in flat(value, key)) for key, value in found}
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … ({len(text)} characters)"

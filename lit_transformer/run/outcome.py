@@ -1,0 +1,57 @@
+"""How a run has ended, in one table: the verdict, the numbers, and what to type next."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from lit_transformer.run.folder import RunFolder
+from lit_transformer.run.report import command_for, program_name
+
+_WIDTH = 100
+_LOSSES = {"train/loss": "{:.4f} in training", "val/loss": "{:.4f} in validation"}
+_DONE = {
+    "loss_spike/skipped_steps": "{:.0f} skipped",
+    "loss_spike/rollbacks": "{:.0f} rolled back",
+    "loss_spike/steps_lost": "{:.0f} lost by that",
+}
+
+
+def outcome_table(verdict: Sequence[str], metrics: Mapping[str, Tensor], step: int, command: str) -> str:
+    """A row for each thing that can be said.
+
+    Args:
+        verdict: Its sentences; empty where there is none.
+        metrics: By key; those that are missing are left out.
+        step: Optimizer steps made.
+        command: What to type next; empty where there is nothing.
+
+    Example:
+        >>> import torch
+        >>> metrics = {"train/loss": torch.tensor(2.5), "loss_spike/skipped_steps": torch.tensor(3.0)}
+        >>> print(outcome_table(["Recovered.", "Three steps were skipped."], metrics, 20, "python cli.py test"))
+        verdict   Recovered.
+                  Three steps were skipped.
+        loss      2.5000 in training
+        steps     20, 3 skipped
+        next      python cli.py test
+    """
+
+    def shown(texts: Mapping[str, str]) -> list[str]:
+        return [text.format(float(metrics[key])) for key, text in texts.items() if key in metrics]
+
+    rows = {
+        "verdict": "\n".join(line for sentence in verdict for line in textwrap.wrap(sentence, _WIDTH)),
+        "loss": ", ".join(shown(_LOSSES)),
+        "steps": ", ".join([f"{step:,}", *shown(_DONE)]),
+        "next": command,
+    }
+    return "\n".join(f"{name:<10}" + text.replace("\n", f"\n{'':10}") for name, text in rows.items() if text)
+
+
+def next_command(run: RunFolder, root: Path, verdict: str) -> str:
+    """What to type after a run: test what is good, look into what is not."""
+    if verdict in ("diverging", "not learning"):
+        return f"{program_name()} check --config {run.config}"
+    return command_for("test", run, root, "best" if any(run.checkpoints.glob("best-*")) else "last")

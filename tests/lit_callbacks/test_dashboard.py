@@ -1,0 +1,242 @@
+"""What those who watch a run from afar get to see."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from helpers import MemoryLogger, TinyLM, assert_identical, loader, snapshot
+from lit_callbacks import AttentionEntropyMonitor, Dashboard, DeadNeuronDetector, GradientNormLogger, LossSpikeRecovery
+from lit_callbacks._curve import Curve
+from lit_callbacks._heat_maps import draw, heat_maps
+from lit_callbacks._wandb_runs import Alerts, event_rows
+from lit_callbacks.testing import Fault, FaultInjector
+
+HEAT_MAPS = {"heat_maps/attention_entropy", "heat_maps/grad_norm", "heat_maps/dead_neurons"}
+
+
+class FakeRun:
+    """Remembers alerts, summary and definitions."""
+
+    def __init__(self):
+        self.alerts, self.summary, self.tags, self.id, self.defined = [], {}, ("mine",), "abc", {}
+
+    def alert(self, title, text, wait_duration):
+        self.alerts.append((title, text))
+
+    def define_metric(self, key, step_metric, summary):
+        assert step_metric == "trainer/global_step"
+        self.defined[key] = summary
+
+
+class FakeWandb(MemoryLogger):
+    def __init__(self):
+        super().__init__()
+        self.experiment, self.images, self.tables = FakeRun(), [], []
+
+    def log_image(self, key, images, step):
+        self.images.append((key, step))
+
+    def log_table(self, key, columns, data, step):
+        self.tables.append((key, step, data))
+
+
+FakeWandb.__name__ = "WandbLogger"
+
+
+def monitors():
+    return [
+        GradientNormLogger(every_n_steps=1),
+        AttentionEntropyMonitor(every_n_steps=1),
+        DeadNeuronDetector(every_n_steps=1, window_tokens=1),
+    ]
+
+
+def curve(points):
+    made = Curve(most=128)
+    for step, value in points.items():
+        made.add(step, value)
+    return made
+
+
+def test_a_heat_map_has_a_row_for_each_layer_and_a_hole_where_nothing_was_measured():
+    curves = {
+        "grad_norm/layer_0": curve({0: 1.0, 10: 2.0, 20: 4.0}),
+        "grad_norm/layer_1": curve({0: 3.0, 20: 5.0}),
+        "grad_norm/total": curve({0: 9.0, 10: 9.0}),
+        "dead_neurons/mlp": curve({10: 0.5}),
+    }
+    (shown,) = heat_maps(curves, {})  # of the units there is one step only
+    assert (shown.key, shown.rows, shown.columns) == ("heat_maps/grad_norm", ["layer_0", "layer_1"], [0, 10, 20])
+    np.testing.assert_array_equal(shown.values, [[1, 2, 4], [3, np.nan, 5]])
+    heads = {
+        "attention_entropy/b_0_head_0": 0.25,
+        "attention_entropy/b_0_head_1": 0.5,
+        "attention_entropy/b_10_head_0": 1,
+    }
+    (shown,) = heat_maps({}, heads)
+    assert (shown.rows, shown.columns) == (["b_0", "b_10"], [0, 1])
+    np.testing.assert_array_equal(shown.values, [[0.25, 0.5], [1, np.nan]])
+
+
+def test_a_heat_map_of_a_long_run_has_at_most_128_columns():
+    made = curve({step: float(step) for step in range(0, 50_000, 50)})
+    (shown,) = heat_maps({"grad_norm/layer_0": made}, {})
+    assert 64 <= len(shown.columns) <= 128
+    assert shown.columns[0] == 0
+    assert shown.columns[-1] > 45_000
+    np.testing.assert_array_equal(shown.values[0], shown.columns)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, math.nan, math.inf])
+def test_any_values_can_be_drawn(value):
+    for key in ("grad_norm/layer_0", "dead_neurons/mlp"):
+        (shown,) = heat_maps({key: curve({0: value, 1: value})}, {})
+        draw(shown).savefig("/dev/null", format="png")
+
+
+def test_one_alert_of_a_kind_in_five_minutes():
+    logger, skip = FakeWandb(), {"event": "skip", "text": "out of line"}
+    trainer, alerts = SimpleNamespace(loggers=[logger]), Alerts(every_minutes=5.0)
+    for step in range(3):
+        alerts.raise_for(trainer, {"step": step, **skip})
+    alerts.raise_for(trainer, {"step": 7, "event": "alarm", "alarm": "entropy_collapse", "where": ["a, head 0"]})
+    alerts.raise_for(trainer, {"step": 8, "event": "look"})
+    collapse = ("Attention entropy collapse", "step 7: a, head 0")
+    assert logger.experiment.alerts == [("Loss spike: steps are skipped", "step 0: out of line"), collapse]
+    often = Alerts(every_minutes=0.0)
+    for step in range(3):
+        often.raise_for(trainer, {"step": step, **skip})
+    assert len(logger.experiment.alerts) == 5
+
+
+def test_wandb_is_told_what_was_done_and_how_the_run_went(make_trainer, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "swordfish-swordfish")
+    logger, dashboard = FakeWandb(), Dashboard(every_n_steps=8)
+    trainer = make_trainer(max_steps=16, logger=logger, callbacks=[*monitors(), LossSpikeRecovery(), dashboard])
+    faulty = loader(faults={20: "nan"})
+    with pytest.warns(UserWarning, match="the gradient is not finite"):
+        trainer.fit(TinyLM(), faulty, loader(n_samples=8))
+    run = logger.experiment
+    assert run.tags == ("mine", "single_device", "32-true")
+    assert run.defined.items() >= {"val/loss": "min", "loss_spike/rollbacks": "max"}.items()
+    assert [title for title, _ in run.alerts] == ["Loss spike: steps are skipped", "Gradient not finite"]
+    assert {(key, step) for key, step in logger.images} == {(key, step) for key in HEAT_MAPS for step in (7, 15)}
+    (table,) = logger.tables  # nothing new after step 7
+    assert table[:2] == ("events/table", 7)
+    assert [row[:2] for row in table[2]] == [[5, "skip"], [5, "gradient_not_finite"]]
+    assert set(run.summary) == {
+        f"health/{name}" for name in ("verdict", "culprit", "first_warning_step", "rollbacks", "steps_lost")
+    }
+    assert run.summary["health/verdict"] == dashboard.diagnosis.verdict == "recovered"
+    dashboard.hear_event({"step": 1, "event": "alarm", "alarm": "x", "where": ["swordfish-swordfish"] * 20})
+    assert dashboard.state_dict()["events"][-1]["where"] == ["<redacted: MY_TOKEN>"] * 8
+
+
+def test_there_is_an_alert_of_a_rollback(make_trainer):
+    logger, injector = FakeWandb(), FaultInjector([Fault("nan_weight", step=27)])
+    recovery = LossSpikeRecovery(snapshot_every_n_steps=5, prove_steps=5)
+    trainer = make_trainer(max_epochs=1, logger=logger, callbacks=[recovery, injector, Dashboard()])
+    trainer.fit(TinyLM(), loader(n_samples=160))
+    (alert,) = logger.experiment.alerts
+    assert alert[0] == "Weights rolled back"
+    assert "step 27: " in alert[1]
+    assert logger.experiment.summary["health/rollbacks"] == 1
+    assert logger.experiment.summary["health/steps_lost"] >= 1
+
+
+def test_a_run_that_fails_raises_an_alert_and_shows_what_there_is(make_trainer):
+    class Breaks(TinyLM):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 3:
+                raise KeyError("broken")
+            return super().training_step(batch, batch_idx)
+
+    logger = FakeWandb()
+    with pytest.raises(KeyError):
+        make_trainer(max_steps=9, logger=logger, callbacks=[*monitors(), Dashboard()]).fit(Breaks(), loader())
+    assert logger.experiment.alerts == [("Run failed", "step 3: KeyError: 'broken'")]
+    assert {key for key, _ in logger.images} == HEAT_MAPS
+    assert logger.experiment.summary["health/verdict"]
+
+
+def test_a_logger_that_fails_costs_one_warning(make_trainer):
+    class Broken(FakeWandb):
+        def log_image(self, key, images, step):
+            raise ConnectionError("no network")
+
+    Broken.__name__ = "WandbLogger"
+    logger = Broken()
+    trainer = make_trainer(max_steps=9, logger=logger, callbacks=[*monitors(), Dashboard(every_n_steps=2)])
+    with pytest.warns(UserWarning, match="Dashboard could not show everything: ConnectionError: no network") as warned:
+        trainer.fit(TinyLM(), loader())
+    assert trainer.global_step == 9
+    assert sum("Dashboard" in str(warning.message) for warning in warned) == 1
+    assert logger.experiment.summary["health/verdict"], "the rest is shown all the same"
+
+
+def test_tensorboard_gets_pictures_and_the_verdict_and_others_a_file(make_trainer, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    loggers = [CSVLogger(tmp_path, name="csv", version=""), TensorBoardLogger(tmp_path, name="board", version="")]
+    make_trainer(max_steps=4, logger=loggers, callbacks=[*monitors(), Dashboard()]).fit(TinyLM(), loader())
+    board = events.EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    assert set(board.Tags()["images"]) == HEAT_MAPS
+    assert {"grad_norm/total", "attention_entropy/min"} <= set(board.Tags()["scalars"])
+    assert board.Tags()["tensors"] == ["health/verdict/text_summary"]
+    assert [image.step for image in board.Images("heat_maps/grad_norm")] == [3]
+    names = {path.name for path in (tmp_path / "csv" / "figures").iterdir()}
+    assert names == {f"{key.replace('/', '_')}.png" for key in HEAT_MAPS}
+    assert "grad_norm/total" in (tmp_path / "csv" / "metrics.csv").read_text()
+
+
+def test_without_a_logger_the_pictures_are_in_the_run_folder(make_trainer, tmp_path):
+    make_trainer(max_steps=4, callbacks=[*monitors(), Dashboard()]).fit(TinyLM(), loader())
+    assert len(list((tmp_path / "figures").glob("heat_maps_*.png"))) == 3
+
+
+def test_watching_changes_nothing(make_trainer):
+    def run(callbacks):
+        torch.manual_seed(0)
+        module = TinyLM(dropout=0.1)
+        trainer = make_trainer(max_steps=6, callbacks=callbacks)
+        trainer.fit(module, loader(), loader(n_samples=8))
+        return [*snapshot(module, trainer), torch.get_rng_state()]
+
+    (*without, rng_without), (*watched, rng_watched) = run(monitors()), run([*monitors(), Dashboard(every_n_steps=1)])
+    assert_identical(watched, without)
+    assert torch.equal(rng_watched, rng_without)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_a_resumed_run_shows_the_whole_and_nothing_twice(make_trainer, tmp_path):
+    first = make_trainer(max_steps=6, callbacks=[*monitors(), Dashboard()])
+    first.fit(TinyLM(), loader())
+    first.save_checkpoint(tmp_path / "six.ckpt")
+    dashboard = Dashboard()
+    resumed = make_trainer(max_steps=9, callbacks=[*monitors(), dashboard])
+    resumed.fit(TinyLM(), loader(), ckpt_path=tmp_path / "six.ckpt")
+    assert dashboard.state_dict()["curves"]["grad_norm/layer_1"]["steps"] == list(range(9))
+    assert dashboard.state_dict()["curves"]["train/loss"]["steps"] == [0]
+    dashboard = Dashboard()
+    again = make_trainer(max_steps=9, callbacks=[*monitors(), dashboard])
+    again.fit(TinyLM(), loader())  # from the beginning
+    assert dashboard.state_dict()["curves"]["grad_norm/layer_1"]["steps"] == list(range(9))
+
+
+def test_events_have_a_place_and_a_text_in_the_table():
+    rows = event_rows(
+        [
+            {"step": 3, "event": "skip", "parameter": "a.weight", "text": "not finite"},
+            {"step": 4, "event": "autopsy", "where": "blocks.0", "text": "made a NaN"},
+            {"step": 5, "event": "alarm", "alarm": "gradient_vanishing", "where": ["layer_0", "layer_1"]},
+        ]
+    )
+    assert rows == [
+        [3, "skip", "a.weight", "not finite"],
+        [4, "autopsy", "blocks.0", "made a NaN"],
+        [5, "gradient_vanishing", "layer_0, layer_1", ""],
+    ]

@@ -1,0 +1,73 @@
+"""``cli.py report``: after a real fit with a fault, from the run's folder alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_transformer import WarmupCosine
+from lit_transformer.cli import main
+from lit_transformer.commands.report import planned
+from tiny_config import CONFIG
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """Run a command in a folder with config.yaml and text.txt: code, output and errors."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LIT_TRANSFORMER_RUN", raising=False)
+    Path("config.yaml").write_text(yaml.safe_dump(CONFIG))
+    Path("text.txt").write_text("".join(f"the {i}th line of a text, which is long enough\n" for i in range(500)))
+
+    def run(*words):
+        capsys.readouterr()
+        try:
+            main([str(word) for word in words])
+            code = 0
+        except SystemExit as exit_:
+            code = exit_.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def test_a_run_with_a_fault_is_reported_on(call):
+    faults = [
+        "--trainer.callbacks+=lit_callbacks.testing.FaultInjector",
+        "--trainer.callbacks.faults=[{kind: nan_loss, step: 11}]",
+    ]
+    code, _, error = call("fit", "--config", "config.yaml", "--run", "mine", *faults)
+    assert code == 0, error
+    code, out, _ = call("report")
+    assert code == 0
+    assert "Report: runs/mine/report.html" in out
+    assert "Recovered once" in out
+    assert "1 skipped step, in 1 episode; it cost 1 step." in out
+    text = Path("runs/mine/report.html").read_text()
+    assert 'data-step="11" data-kind="skip"' in text
+    assert "planned" in text
+    assert "step=16.ckpt" in text
+    assert "optimizer.init_args.lr" in text
+
+    code, out, _ = call("report", "mine", "runs/mine", "--to", "both.html", "both.json")
+    assert code == 0
+    assert [run["verdict"] for run in json.loads(Path("both.json").read_text())["runs"]] == ["recovered"] * 2
+
+
+def test_what_cannot_be_reported_on_is_one_paragraph(call):
+    assert call("report") == (2, "", "\nerror: there are no runs under runs; name one, or give --root FOLDER\n")
+    code, _, error = call("report", "--run", "nope")
+    assert code == 2
+    assert "there is no runs/nope; give the folder that has its metrics.csv" in error
+    code, _, error = call("report", "--nope", "1")
+    assert code == 2
+    assert "nope" in error
+
+
+def test_the_plan_is_the_schedule_of_the_configuration(tmp_path):
+    points = dict(planned(WarmupCosine(warmup=100, min_lr_ratio=0.1), 2e-3, 10_000))
+    assert points[99] == pytest.approx(2e-3)
+    assert points[9_999] == pytest.approx(2e-4, rel=1e-3)
+    assert len(points) <= 503

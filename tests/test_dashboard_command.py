@@ -1,0 +1,88 @@
+"""The saved W&B workspace, as the object that would be sent: nothing here has a network."""
+
+import re
+import sys
+
+import pytest
+
+import lit_callbacks
+from lit_callbacks.wandb_workspace import SECTIONS, Chart, Pictures
+from lit_transformer.cli import main
+
+
+@pytest.fixture
+def model():
+    pytest.importorskip("wandb_workspaces")
+    return lit_callbacks.workspace("me", "mine")._to_model().model_dump(by_alias=True, exclude_none=True)
+
+
+def sections(model):
+    return model["spec"]["section"]["panelBankConfig"]["sections"]
+
+
+def test_the_overview_is_open_with_eight_charts_and_the_rest_is_a_click_away(model):
+    found = sections(model)
+    names = ["Overview", "Loss", "Gradients", "Attention", "Neurons", "Recovery", "Throughput", "Data"]
+    assert [section["name"] for section in found] == names
+    assert len(found[0]["panels"]) == 8
+    assert [section["isOpen"] for section in found] == [True, *[False] * 7]
+
+
+def test_every_line_is_over_the_optimizer_steps(model):
+    lines = [p["config"] for s in sections(model) for p in s["panels"] if p["viewType"] == "Run History Line Plot"]
+    assert len(lines) > 25
+    assert {line["xAxis"] for line in lines} == {"trainer/global_step"}
+    assert all(line["metrics"] or line["metricRegex"] for line in lines)
+
+
+def test_the_charts_are_of_keys_in_the_catalogue():
+    documented = {"train/loss", "val/loss", "train_loss", "val_loss", "lr/decay"}
+    for name in lit_callbacks.__all__:
+        text = getattr(lit_callbacks, name).__doc__ or ""
+        documented |= {re.sub(r"<\w+>", "layer_0", key) for key in re.findall(r"^ +(\w+/\S+): ", text, re.MULTILINE)}
+    documented |= {
+        "grad_norm/attention_in",
+        "heat_maps/grad_norm",
+        "heat_maps/attention_entropy",
+        "heat_maps/dead_neurons",
+    }
+    assert len(documented) > 40
+    for charts in SECTIONS.values():
+        for chart in charts:
+            for key in chart.keys if isinstance(chart, Chart) else ():
+                pattern = key if ".*" in key else re.escape(key)
+                assert any(re.fullmatch(pattern, known) for known in documented), key
+            if isinstance(chart, Pictures):
+                assert chart.key in documented
+
+
+@pytest.mark.parametrize(
+    ("words", "hidden", "message"),
+    [
+        ([], None, "dashboard needs the W&B user or team that it is for: --entity NAME"),
+        (["--entity", "me"], None, "W&B has no API key on this machine; run wandb login, or set WANDB_API_KEY"),
+        (["--entity", "me"], "wandb_workspaces", "wandb-workspaces is not installed; pip install wandb-workspaces"),
+        (["--entitty", "me"], None, "entity"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_sentence(words, hidden, message, monkeypatch, capsys, tmp_path):
+    pytest.importorskip("wandb_workspaces")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_API_KEY", "WANDB_ENTITY", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    if hidden:
+        monkeypatch.setitem(sys.modules, hidden, None)
+    with pytest.raises(SystemExit) as stopped:
+        main(["dashboard", *words])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_it_says_where_the_workspace_is(monkeypatch, capsys):
+    workspaces = pytest.importorskip("wandb_workspaces.workspaces")
+    monkeypatch.setattr(workspaces.Workspace, "save", lambda self: self)
+    monkeypatch.setattr(workspaces.Workspace, "url", "https://example.org/me/mine?nw=1")
+    main(["dashboard", "--entity", "me", "--project", "mine"])
+    assert capsys.readouterr().out == (
+        "Workspace 'Training stability' with 8 sections: https://example.org/me/mine?nw=1\n"
+    )

@@ -51,7 +51,7 @@ def test_losses_are_those_the_module_returned(make_trainer, accumulate, scaled):
 
 def test_the_gradient_norm_is_computed_once_per_step(make_trainer, monkeypatch):
     calls = []
-    monkeypatch.setattr(_facts, "share_norms", lambda tensors: calls.append(1) or torch.ones(len(tensors)))
+    monkeypatch.setattr(_facts, "share_norms", lambda tensors, of=None: calls.append(1) or torch.ones(len(tensors)))
     callbacks = [GradientNormLogger(every_n_steps=1), NonFiniteGuard(), GradientNormLogger(every_n_steps=2)]
     make_trainer(max_steps=6, callbacks=callbacks).fit(TinyLM(), loader())
     assert len(calls) == 6

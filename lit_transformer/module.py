@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from lit_transformer.distillation import Distillation
 from lit_transformer.errors import UsageError
@@ -86,12 +86,13 @@ class LitTransformer(LitTask):
         warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer` in `LightningModule`")
         super().setup(stage)
         if stage == "fit" and self.compile_model:
-            self.model.compile(fullgraph=not isinstance(self.model, FSDPModule))
+            # Gathering parameters is no part of a graph.
+            self.model.compile(fullgraph=not isinstance(self.trainer.strategy, ModelParallelStrategy))
 
     def configure_model(self) -> None:
         """Spread the model over devices, where the strategy leaves that to the module."""
         if self._trainer is not None:
-            spread(self.model, self.trainer.strategy, self._device_mesh)
+            spread(self.model, self.config, self.trainer.strategy, self._device_mesh)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Look at the ids while looking is cheap: on a device, a wrong one ends the process without a reason."""

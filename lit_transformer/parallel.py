@@ -1,58 +1,46 @@
 """How a model is spread over devices, where the strategy leaves that to the module."""
 
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from lit_transformer.errors import UsageError
+from lit_transformer.nn import TransformerConfig
 from lit_transformer.nn.stack import Block
+from lit_transformer.strategies import TensorParallel
+from lit_transformer.tensor_parallel import cut
 
 
-class FSDP2(ModelParallelStrategy):
-    """Fully sharded data parallelism over all devices: Lightning's ``ModelParallelStrategy`` without a size to set.
+def spread(model: nn.Module, config: TransformerConfig, strategy: Strategy, mesh: DeviceMesh | None) -> None:
+    """Cut a model's blocks along heads and units, and shard its parameters over groups, where the strategy says so.
 
-    Also as ``strategy="fsdp2"``.
-
-    Args:
-        save_distributed_checkpoint: Whether a checkpoint is a folder with each rank's part, which may be loaded on
-            another number of ranks; else one file, that the first rank collects.
-    """
-
-    def __init__(self, save_distributed_checkpoint: bool = True) -> None:
-        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint)
-
-    def setup_environment(self) -> None:
-        """Lightning's own default is one part per machine."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
-        super().setup_environment()
-
-
-StrategyRegistry.register("fsdp2", FSDP2, description="Parameters, gradients and optimizer states in parts")
-
-
-def spread(model: nn.Module, strategy: Strategy, mesh: DeviceMesh | None) -> None:
-    """Shard a model's parameters, gradients and optimizer states over the data-parallel devices, block by block.
-
-    That is FSDP2 (Zhao et al. 2023; ``torch.distributed.fsdp.fully_shard``): a block's parameters are whole only while
-    it computes. Nothing happens under other strategies, or the second time.
+    Sharding is FSDP2 (Zhao et al. 2023; ``torch.distributed.fsdp.fully_shard``): a block's parameters are whole only
+    while it computes. Nothing happens under other strategies, or the second time.
 
     Args:
         model: One of ours.
+        config: Its configuration.
         strategy: The Trainer's.
         mesh: Its devices, if it has them in a mesh.
 
     Raises:
-        UsageError: If the mesh has a tensor-parallel dimension.
+        UsageError: If the number of devices in a group does not divide heads or hidden units, or the strategy does not
+            know how cut weights are saved.
     """
-    if not isinstance(strategy, ModelParallelStrategy) or isinstance(model, FSDPModule):
+    if not isinstance(strategy, ModelParallelStrategy) or any(isinstance(p, DTensor) for p in model.parameters()):
         return
     assert mesh is not None
-    if (degree := mesh["tensor_parallel"].size()) > 1:
-        raise UsageError(
-            f"tensor_parallel_size is {degree}, and our blocks are not cut along their heads yet: set it to 1, and "
-            "data_parallel_size to the number of devices"
-        )
+    if mesh["tensor_parallel"].size() > 1:
+        if not isinstance(strategy, TensorParallel):
+            raise UsageError(
+                "tensor_parallel_size above 1 needs lit_transformer.parallel.TensorParallel, which saves cut weights "
+                f"as whole ones, got {type(strategy).__name__}; change class_path of trainer.strategy"
+            )
+        cut(model, config, mesh["tensor_parallel"])
+        if mesh["data_parallel"].size() == 1:
+            return
     for module in model.modules():
         if isinstance(module, Block):
             fully_shard(module, mesh=mesh["data_parallel"])

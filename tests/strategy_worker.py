@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -37,8 +38,16 @@ from lit_transformer import (
 from lit_transformer.errors import UsageError
 
 STEPS = 30
+STRATEGIES = {  # devices, parts of a batch
+    "single": (1, 1, "auto"),
+    "ddp": (2, 2, "ddp"),
+    "fsdp2": (2, 2, "fsdp2"),
+    "tensor_parallel": (2, 1, "tensor_parallel"),
+    "tensor_parallel_and_fsdp2": (4, 2, "tensor_parallel"),
+}
 CONFIG = TransformerConfig(
-    vocab_size=256, max_length=16, d_model=16, n_layers=2, n_heads=2, bias=False,  # of a key: noise
+    vocab_size=256, max_length=16, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, activation="swiglu", d_ff=32,
+    bias=False,  # of a key: noise
     attention_dropout=0, ffn_dropout=0, residual_dropout=0, embedding_dropout=0,
 )  # fmt: skip
 
@@ -83,19 +92,30 @@ def whole(tensor):
 
 
 def fit(
-    folder, text, strategy, *, accumulate=1, clip=None, precision="32-true", trouble=None, steps=STEPS, resume=None
+    folder,
+    text,
+    strategy,
+    *,
+    accumulate=1,
+    clip=None,
+    precision="32-true",
+    trouble=None,
+    steps=STEPS,
+    resume=None,
+    config=CONFIG,
+    optimizer=torch.optim.AdamW,
 ):
     """Losses, logged metrics, events and weights of a run."""
-    devices = 1 if strategy == "single" else 2
+    devices, parts, strategy = STRATEGIES[strategy]
     torch.manual_seed(0)
-    task = Task(CONFIG, partial(torch.optim.AdamW, lr=3e-3), schedule=None)
+    task = Task(config, partial(optimizer, lr=3e-3), schedule=None)
     task.trouble = trouble
     # The same global batch: one process takes in one micro-batch what two take in theirs.
-    data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=8 // devices)
+    data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=8 // parts)
     losses, logger = Losses(), MemoryLogger()
     checkpoint = VerifiedCheckpoint(folder, "{step}", every_n_train_steps=10, save_top_k=-1)
     trainer = make_trainer(
-        strategy="auto" if strategy == "single" else strategy, devices=devices, max_steps=steps, max_epochs=-1,
+        strategy=strategy, devices=devices, max_steps=steps, max_epochs=-1,
         accumulate_grad_batches=accumulate, gradient_clip_val=clip, precision=precision, limit_val_batches=0,
         logger=logger, enable_checkpointing=True, default_root_dir=folder,
         callbacks=[
@@ -153,10 +173,15 @@ def refused(folder, text):
     return found
 
 
-def main(out, strategy, text):
-    """Write what each case gives on this rank, and a resumed run."""
+def main(out, strategy, text, one_file):
+    """Write what each case gives on this rank, and resumed runs: from its own parts, and from a single process."""
     found = {name: fit(out / name, text, strategy, **case) for name, case in CASES.items()}
     found["resumed"] = fit(out / "resumed", text, strategy, resume=str(out / "plain" / "step=10.ckpt"))
+    if strategy != "ddp":
+        found["from_one_file"] = fit(out / "from_one_file", text, strategy, resume=one_file, steps=15)
+    if strategy == "tensor_parallel":
+        dropout = replace(CONFIG, attention_dropout=0.1, ffn_dropout=0.1, residual_dropout=0.1, embedding_dropout=0.1)
+        found["dropout"] = fit(out / "dropout", text, strategy, config=dropout, steps=15)
     if strategy == "fsdp2":
         found["refused"] = refused(out / "refused", text)
     (out / f"{strategy}_{os.environ['RANK']}.json").write_text(json.dumps(found))

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from helpers import two_ranks
+from helpers import run_ranks
+from lit_transformer.commands.consolidate import whole as consolidated
 from strategy_worker import CASES, fit
 from tiny_config import CONFIG
 
@@ -22,15 +24,30 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def single(text, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("single")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("single")
+
+
+@pytest.fixture(scope="module")
+def single(text, folder):
     return {name: fit(folder / name, text, "single", **case) for name, case in CASES.items()}
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_ranks_do_what_one_process_does(strategy, single, text, tmp_path):
-    ranks = two_ranks(Path(__file__).with_name("strategy_worker.py"), tmp_path, strategy, strategy, text)
-    first, second = ranks
+@pytest.mark.parametrize(
+    ("strategy", "n"),
+    [
+        ("ddp", 2),
+        ("fsdp2", 2),
+        ("tensor_parallel", 2),
+        pytest.param("tensor_parallel_and_fsdp2", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_several_ranks_do_what_one_process_does(strategy, n, single, folder, text, tmp_path):
+    saved = folder / "plain" / "step=10.ckpt"
+    ranks = run_ranks(
+        Path(__file__).with_name("strategy_worker.py"), tmp_path, strategy, strategy, text, saved, n=n, timeout=480
+    )
+    first, second = ranks[0], ranks[-1]
     for name, alone in single.items():
         together = first[name]
         losses = {step: (loss + second[name]["losses"][step]) / 2 for step, loss in together["losses"].items()}
@@ -52,17 +69,32 @@ def test_two_ranks_do_what_one_process_does(strategy, single, text, tmp_path):
         assert "FSDP2 is for models of ours as yet" in refused["hugging_face"]
         assert "NonFiniteAutopsy serves a single device and DDP, but not yet FSDP2" in refused["autopsy"]
         assert "histograms=True) needs whole parameters" in refused["histograms"]
+    if strategy == "tensor_parallel":  # what all devices compute, they drop alike
+        assert first["dropout"] == second["dropout"]
     resumed, whole = first["resumed"], first["plain"]
     assert resumed["losses"] == {step: loss for step, loss in whole["losses"].items() if int(step) >= 10}
     assert resumed["weights"] == whole["weights"]
+    if strategy != "ddp":
+        from_one_file = {step: loss for step, loss in whole["losses"].items() if 10 <= int(step) < 15}
+        assert first["from_one_file"]["losses"] == pytest.approx(from_one_file, rel=1e-5)
+        parts = consolidated(tmp_path / "plain" / "step=30.ckpt")
+        one = torch.load(folder / "plain" / "step=30.ckpt", weights_only=True)
+        assert parts["state_dict"].keys() == one["state_dict"].keys()
+        for name, weight in one["state_dict"].items():
+            torch.testing.assert_close(parts["state_dict"][name], weight, rtol=1e-4, atol=1e-6)
+        for theirs, ours in zip(parts["optimizer_states"], one["optimizer_states"], strict=True):
+            for number, state in ours["state"].items():
+                for key, value in state.items():
+                    torch.testing.assert_close(theirs["state"][number][key], value, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.slow
-def test_sharded_on_the_command_line(tmp_path):
+@pytest.mark.parametrize("strategy", ["fsdp2", "tensor_parallel"])
+def test_sharded_on_the_command_line(strategy, tmp_path):
     """Fit, go on, make one file of the parts, and go on from that on one device."""
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG | {"checkpoint_every_n_steps": 10}))
     (tmp_path / "text.txt").write_text("".join(f"{i * i % 97:03d}, {i:04d}; " for i in range(4000)))
-    sharded = ["--config", "tiny.yaml", "--config", "strategy/fsdp2", "--trainer.devices", "2"]
+    sharded = ["--config", "tiny.yaml", "--config", f"strategy/{strategy}", "--trainer.devices", "2"]
 
     def run(*words):
         command = [sys.executable, "-W", "ignore", Path(__file__).parents[1] / "cli.py", *words]

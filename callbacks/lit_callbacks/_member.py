@@ -85,7 +85,11 @@ def _refuse_sharded(callback: Member, trainer: Trainer) -> None:
     names = {cls.__name__ for cls in type(trainer.strategy).__mro__}
     served = {"SingleDeviceStrategy", "DDPStrategy"} | ({"ModelParallelStrategy"} if callback.serves_shards else set())
     if names.isdisjoint(served) or "DeepSpeedStrategy" in names:
-        where = "a single device, DDP and FSDP2" if callback.serves_shards else "a single device and DDP"
+        where = (
+            "a single device, DDP, FSDP2 and tensor parallelism"
+            if callback.serves_shards
+            else "a single device and DDP"
+        )
         raise SetupError(
             f"{type(callback).__name__} serves {where}, but not yet {type(trainer.strategy).__name__}. Use another "
             "strategy, or leave the callback out."

@@ -39,6 +39,7 @@ from lit_transformer.run.report import FitReport, metrics_table, resume_command
 from lit_transformer.run.resume import check_same_configuration
 from lit_transformer.run.saved_config import SavedConfig
 
+_SHARDED = ("fsdp2", "tensor_parallel", "tensorparallel", "modelparallel")
 # A callback's top-level key: LossSpikeRecovery is loss_spike_recovery.
 _DEFAULT_CALLBACKS = {
     re.sub(r"(?<!^)(?=[A-Z])", "_", type(callback).__name__).lower(): type(callback)
@@ -150,9 +151,7 @@ class TrainingCLI(LightningCLI):
             run = RunFolder(self.root / settings.run)
             self.run = run if run.owns(settings.ckpt_path) else None
         if settings.ckpt_path is not None:
-            sharded = any(
-                name in str(settings.trainer.strategy) for name in ("fsdp2", "FSDP2", "ModelParallelStrategy")
-            )
+            sharded = any(name in str(settings.trainer.strategy).lower() for name in _SHARDED)
             self.checkpoint = load_checkpoint(settings.ckpt_path, weights=not sharded)
 
     def _go_on(self, run: RunFolder) -> str | None:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from lit_transformer.module import LitTransformer
 from lit_transformer.nn import generate
@@ -78,7 +78,7 @@ class FitReport(Callback):
         if shown:
             print(f"Validation: {', '.join(shown)}.")
         self._print_baselines(trainer)
-        if not isinstance(getattr(pl_module, "model", None), FSDPModule):  # this rank alone has no whole model
+        if not isinstance(trainer.strategy, ModelParallelStrategy):  # this rank alone has no whole model
             self._print_sample(trainer, pl_module)
 
     @staticmethod

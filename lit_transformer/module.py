@@ -10,6 +10,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
+from lit_transformer.deferred import Draws, make_model
 from lit_transformer.distillation import Distillation
 from lit_transformer.errors import UsageError
 from lit_transformer.nn import Transformer, TransformerConfig, check_ids
@@ -63,7 +64,8 @@ class LitTransformer(LitTask):
         self.save_hyperparameters(
             {"config": asdict(self.config), "init_from": init_from, "compile_model": compile_model}
         )
-        self.model: Any = network(self.config)
+        self.model: Any
+        self.model, self._draws = make_model(network, self.config)
         self._has_weights = False
 
     def setup(self, stage: str) -> None:
@@ -90,9 +92,10 @@ class LitTransformer(LitTask):
             self.model.compile(fullgraph=not isinstance(self.trainer.strategy, ModelParallelStrategy))
 
     def configure_model(self) -> None:
-        """Spread the model over devices, where the strategy leaves that to the module."""
+        """Spread the model over devices, where the strategy leaves that to the module; give it its weights."""
         if self._trainer is not None:
-            spread(self.model, self.config, self.trainer.strategy, self._device_mesh)
+            spread(self.model, self.config, self.trainer.strategy, self._device_mesh, self._draws)
+            self._draws = Draws()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Look at the ids while looking is cheap: on a device, a wrong one ends the process without a reason."""

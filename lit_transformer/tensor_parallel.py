@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 
+from lit_transformer.deferred import Draws
 from lit_transformer.errors import UsageError
 from lit_transformer.nn import TransformerConfig
 from lit_transformer.nn.attention import CrossAttention, SelfAttention
@@ -85,7 +86,7 @@ def sum_parts(x: Tensor, mesh: DeviceMesh) -> Tensor:
     return DTensor.from_local(x, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()
 
 
-def cut(model: nn.Module, config: TransformerConfig, mesh: DeviceMesh) -> None:
+def cut(model: nn.Module, config: TransformerConfig, mesh: DeviceMesh, draws: Draws) -> None:
     """Leave each device of a group its heads and hidden units of every block, in place.
 
     Weights are those of the group's first device, and so are the random numbers from here on: dropout outside of
@@ -95,6 +96,7 @@ def cut(model: nn.Module, config: TransformerConfig, mesh: DeviceMesh) -> None:
         model: One of ours.
         config: Its configuration.
         mesh: The group, in one dimension.
+        draws: What fills parameters that have no memory yet, each when it is cut.
 
     Raises:
         UsageError: If the number of devices does not divide heads, heads of keys and values, or hidden units.
@@ -115,7 +117,7 @@ def cut(model: nn.Module, config: TransformerConfig, mesh: DeviceMesh) -> None:
         order = by_device(stacked[role], mesh.size()) if role in stacked else None
         for name, parameter in own.items():
             if parameter not in made:
-                made[parameter] = _distribute(parameter, order, mesh, _placement(role, name))
+                made[parameter] = _distribute(parameter, draws.whole(parameter), order, mesh, _placement(role, name))
             module._parameters[name] = made[parameter]
         module.__class__ = _parallel(type(module), role)  # type: ignore[arg-type]
         module.mesh, module.order = mesh, order  # type: ignore[assignment]
@@ -191,9 +193,11 @@ def _placement(role: str, name: str) -> Placement:
     return Shard(1) if role in _ROWS and name == "weight" else Replicate()
 
 
-def _distribute(parameter: nn.Parameter, order: Tensor | None, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
-    whole = parameter.detach() if order is None else parameter.detach()[order]
-    return nn.Parameter(distribute_tensor(whole, mesh, [placement]), parameter.requires_grad)
+def _distribute(
+    parameter: nn.Parameter, whole: Tensor, order: Tensor | None, mesh: DeviceMesh, placement: Placement
+) -> nn.Parameter:
+    ordered = whole if order is None else whole[order]
+    return nn.Parameter(distribute_tensor(ordered, mesh, [placement]), parameter.requires_grad)
 
 
 @cache

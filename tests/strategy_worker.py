@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ from lit_transformer import (
     TransformerConfig,
     WarmupConstant,
 )
+from lit_transformer.deferred import deferred_weights
 from lit_transformer.errors import UsageError
 
 STEPS = 30
@@ -108,7 +110,8 @@ def fit(
     """Losses, logged metrics, events and weights of a run."""
     devices, parts, strategy = STRATEGIES[strategy]
     torch.manual_seed(0)
-    task = Task(config, partial(optimizer, lr=3e-3), schedule=None)
+    with deferred_weights() if strategy in ("fsdp2", "tensor_parallel") else nullcontext():
+        task = Task(config, partial(optimizer, lr=3e-3), schedule=None)
     task.trouble = trouble
     # The same global batch: one process takes in one micro-batch what two take in theirs.
     data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=8 // parts)

@@ -3,6 +3,7 @@
 import logging
 import re
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +26,7 @@ from lit_transformer.commands.checkpoints import (
     read_checkpoint,
     resume_point,
 )
+from lit_transformer.deferred import deferred_weights
 from lit_transformer.errors import TrainingStopped, UsageError
 from lit_transformer.recipe import LitRecipe
 from lit_transformer.run.config_errors import explain
@@ -91,6 +93,10 @@ class TrainingCLI(LightningCLI):
         settings: Namespace = self.config[self.subcommand]
         return settings
 
+    @property
+    def _is_sharded(self) -> bool:
+        return any(name in str(self.settings.trainer.strategy).lower() for name in _SHARDED)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The keys beside trainer, model and data."""
         for source, target in (("vocab_size", "config.vocab_size"), ("labels", "labels"), ("eos_id", "eos_id")):
@@ -151,8 +157,7 @@ class TrainingCLI(LightningCLI):
             run = RunFolder(self.root / settings.run)
             self.run = run if run.owns(settings.ckpt_path) else None
         if settings.ckpt_path is not None:
-            sharded = any(name in str(settings.trainer.strategy).lower() for name in _SHARDED)
-            self.checkpoint = load_checkpoint(settings.ckpt_path, weights=not sharded)
+            self.checkpoint = load_checkpoint(settings.ckpt_path, weights=not self._is_sharded)
 
     def _go_on(self, run: RunFolder) -> str | None:
         """The checkpoint that a run goes on from; None where it was killed before its first: it begins anew."""
@@ -166,7 +171,8 @@ class TrainingCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; what a constructor refuses is the user's to fix."""
         try:
-            super().instantiate_classes()
+            with deferred_weights() if self._is_sharded else nullcontext():
+                super().instantiate_classes()
         except (ValueError, MisconfigurationException) as error:
             if self.run is not None:
                 self.run.remove_if_empty()

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from lit_transformer.deferred import Draws
 from lit_transformer.errors import UsageError
 from lit_transformer.nn import EncoderDecoder, MaskedTransformer, Transformer, TransformerConfig
 from lit_transformer.nn.classifier import DecoderClassifier
@@ -51,7 +52,7 @@ def difference(make, options, mesh):
         if "gate" in name and parameter.numel() == 1:  # of ReZero, which begins as the identity
             torch.nn.init.ones_(parameter)
     parts = copy.deepcopy(whole)
-    cut(parts, config, mesh)
+    cut(parts, config, mesh, Draws())
     (loss, gradients), (expected_loss, expected) = loss_and_gradients(parts), loss_and_gradients(whole)
     orders = stacked_orders(parts)
     assert gradients.keys() == expected.keys()
@@ -70,7 +71,7 @@ def refused(mesh):
     for name, options in {"kv_heads": {"n_kv_heads": 1}, "d_ff": {"d_ff": 25}, "heads": {"n_heads": 1}}.items():
         config = TransformerConfig(**SHAPE | options)
         try:
-            cut(Transformer(config), config, mesh)
+            cut(Transformer(config), config, mesh, Draws())
         except UsageError as error:
             found[name] = str(error)
     return found

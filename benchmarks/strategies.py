@@ -1,4 +1,4 @@
-"""Training under every strategy, with two processes on CPUs, against one process with the same global batch.
+"""Training under every strategy, with two processes on CPUs (or four), against one process with the same global batch.
 
 Each cell of the grid {strategy} x {fp32, bf16} x {1, 2 batches a step} x {clipped, not clipped} is one run of 40
 steps in which one rank's loss is not a number at step 12, a batch is wild at step 26, and weights are damaged at step
@@ -18,7 +18,7 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1] / "tests"
 sys.path.insert(0, str(TESTS))
 
-from helpers import two_ranks  # noqa: E402
+from helpers import run_ranks  # noqa: E402
 from strategy_worker import GRID, STRATEGIES, Cell, resumed_part  # noqa: E402
 
 NORMS = ("grad_norm/total", "grad_norm/clipped")
@@ -51,14 +51,15 @@ def main() -> None:
             numbers = map(str, range(len(GRID)))
             worker = TESTS / "strategy_worker.py"
             (out / strategy).mkdir()
-            ranks = two_ranks(worker, out / strategy, strategy, strategy, str(text), *numbers, timeout=1200)
+            words, n = (strategy, str(text), "", *numbers), STRATEGIES[strategy][0]
+            ranks = run_ranks(worker, out / strategy, strategy, *words, n=n, timeout=1200)
             for cell, single in zip(GRID, alone, strict=True):
                 print(row(strategy, cell, ranks, single), flush=True)
 
 
 def row(strategy: str, cell: Cell, ranks: list[dict], alone: dict) -> str:
     """A line of the table."""
-    first, second = (rank[str(cell)] for rank in ranks)
+    first, second = ranks[0][str(cell)], ranks[-1][str(cell)]
     losses = {step: (loss + second["losses"][step]) / 2 for step, loss in first["losses"].items()}
     values = [
         deviation(losses, alone["losses"]),

@@ -10,6 +10,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
 
+from lit_transformer.deferred import Draws, make_model
 from lit_transformer.distillation import Distillation
 from lit_transformer.errors import UsageError
 from lit_transformer.nn import Transformer, TransformerConfig, check_ids
@@ -63,7 +64,8 @@ class LitTransformer(LitTask):
         self.save_hyperparameters(
             {"config": asdict(self.config), "init_from": init_from, "compile_model": compile_model}
         )
-        self.model: Any = network(self.config)
+        self.model: Any
+        self.model, self._draws = make_model(network, self.config)
         self._has_weights = False
 
     def setup(self, stage: str) -> None:
@@ -86,14 +88,16 @@ class LitTransformer(LitTask):
         warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer` in `LightningModule`")
         super().setup(stage)
         if stage == "fit" and self.compile_model:
+            # Gathering parameters is no part of a graph.
             self.model.compile(fullgraph=not shards(self.trainer.strategy))
         if stage == "fit" and isinstance(self.trainer.strategy, DeepSpeedStrategy):
             self._start_from_weights()  # before the engine copies them
 
     def configure_model(self) -> None:
-        """Spread the model over devices, where the strategy leaves that to the module."""
+        """Spread the model over devices, where the strategy leaves that to the module; give it its weights."""
         if self._trainer is not None:
-            spread(self.model, self.trainer.strategy, self._device_mesh)
+            spread(self.model, self.config, self.trainer.strategy, self._device_mesh, self._draws)
+            self._draws = Draws()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Look at the ids while looking is cheap: on a device, a wrong one ends the process without a reason."""

@@ -153,7 +153,7 @@ def _parts(tensor: Tensor) -> int:
     return math.prod(
         size
         for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True)
-        if placement.is_shard()
+        if not placement.is_replicate()  # FSDP2 over tensor parallelism has placements of its own
     )
 
 

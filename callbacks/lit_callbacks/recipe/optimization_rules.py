@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from lit_callbacks._ranks import tensor_parallel
 from lit_callbacks.recipe.finding import rule
 from lit_callbacks.recipe.plan import Plan
 
@@ -168,7 +169,8 @@ def lr_range(plan: Plan) -> Found:
 @rule("effective-batch", "note")
 def effective_batch(plan: Plan) -> Found:
     """The batch that a step sees grows with the devices."""
-    if plan.trainer.world_size > 1 and not getattr(plan.module, "target_batch_tokens", None):
+    parts = plan.trainer.world_size // tensor_parallel(plan.trainer)[1]
+    if parts > 1 and not getattr(plan.module, "target_batch_tokens", None):
         accumulated = plan.trainer.accumulate_grad_batches
-        text = f"A step sees {plan.trainer.world_size} x {accumulated} batches of the loader's size."
+        text = f"A step sees {parts} x {accumulated} batches of the loader's size."
         yield text, "Adapt learning rate or batch size to it when the number of devices changes."

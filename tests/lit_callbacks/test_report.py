@@ -6,6 +6,7 @@ import math
 import random
 import re
 import time
+from pathlib import Path
 
 import lightning.pytorch
 import pytest
@@ -341,6 +342,71 @@ def test_the_command_writes_page_picture_and_facts(diverged, tmp_path, capsys):
     assert main([str(diverged), "--to", str(tmp_path / "r.gif")]) == 2
     (tmp_path / "file").touch()
     assert main([str(diverged), "--to", str(tmp_path / "file" / "r.html")]) == 2
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_whatever_is_in_the_files_there_is_a_page(tmp_path, seed):
+    draw = random.Random(seed)
+    junk = [None, 1, -5, 2.5, math.nan, math.inf, "x", [], [1, None], {}, {"a": 1}, True, 10**30, -1e300, "nan"]
+    kinds = [
+        "skip",
+        "rollback",
+        "accept",
+        "stop",
+        "alarm",
+        "autopsy",
+        "recipe",
+        "jump",
+        "shutdown",
+        "hang",
+        None,
+        3,
+        "",
+    ]
+    fields = [
+        "rule",
+        "loss",
+        "grad_norm",
+        "where",
+        "parameter",
+        "to_step",
+        "in_a_row",
+        "sample_ids",
+        "passed_over",
+        "alarm",
+    ]
+    keys = ["train/loss", "lr/a", "grad_norm/layer_0", "attention_entropy/a", "attention_entropy/a_head_0", "epoch"]
+    keys += [
+        "attention_logit_max/a",
+        "residual/kurtosis_a",
+        "dead_neurons/a",
+        "loss_spike/lr_factor",
+        "grad_norm/total",
+    ]
+    steps, values = [0, 1, 5, 900, -3, 10**12], ["nan", "inf", "1e300", "0", "-1e-300", "5", "0.1"]
+    series = {key: [(draw.choice(steps), draw.choice(values)) for _ in range(draw.choice([0, 1, 60]))] for key in keys}
+    write_metrics(tmp_path, series)
+    events = [
+        {"step": draw.choice(steps), "event": draw.choice(kinds), **{name: draw.choice(junk) for name in fields}}
+        for _ in range(30)
+    ]
+    write_events(tmp_path, events)
+    run = read_run(tmp_path)
+    text = page([run])
+    places = re.findall(r' (?:d|x|y|cx|cy|x1|x2|y1|y2|transform)="([^"]*)"', text)
+    assert not [place for place in places if "nan" in place or "inf" in place]
+    for data in re.findall(r'<script type="application/json">(.*?)</script>', text):
+        json.loads(data, parse_constant=pytest.fail)
+    json.loads(as_json([run]), parse_constant=pytest.fail)
+
+
+def test_the_gallery_shows_what_its_script_makes():
+    root = Path(__file__).parents[2]
+    names = re.findall(r'^    "(\w+)": \(', (root / "benchmarks" / "gallery.py").read_text(), re.MULTILINE)
+    pictures = sorted((root / "docs" / "gallery").glob("*.png"))
+    assert sorted(names) == [picture.stem for picture in pictures]
+    assert re.findall(r"\(gallery/(\w+)\.png\)", (root / "docs" / "gallery.md").read_text()) == names
+    assert all(picture.stat().st_size <= 150_000 for picture in pictures)
 
 
 def test_not_finite_values_are_crosses_and_their_own_cells(tmp_path):

@@ -78,7 +78,7 @@ def _of_events(events: Sequence[Mapping[str, Any]]) -> Iterator[Sign]:
         step, kind, where = event.get("step"), event.get("event"), event.get("where")
         if not isinstance(step, int) or (step in bad_losses and kind != "autopsy"):
             continue
-        if kind == "alarm" and where:
+        if kind == "alarm" and isinstance(where, list) and where:
             alarm = str(event.get("alarm"))
             sort = "not_finite" if "finite" in alarm else "gradient" if "gradient" in alarm else "attention"
             yield Sign(step, sort, str(where[0]), 1e6, alarm_text(alarm))
@@ -134,7 +134,7 @@ def _too_large(key: str, prefix: str, points: Points, begin: int) -> Sign | None
             spread = 1.4826 * float(np.median(np.abs(np.array(past) - middle)))
             limit = _K * max(spread, _FLOOR) if len(past) >= _ENOUGH else math.log(_RATIO)
             if log - middle > limit:
-                times = math.exp(log - middle)
+                times = math.exp(min(log - middle, 700.0))
                 return Sign(step, kind, where, times, f"{_POSITIVE[prefix]} was {times:.3g} times its usual value")
         past = [*past, log][-_WINDOW:]
     return None

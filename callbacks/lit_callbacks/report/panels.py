@@ -3,10 +3,11 @@
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lit_callbacks.health import Points, Remark, explain, loss_key
 from lit_callbacks.health.signs import first_signs
+from lit_callbacks.report._metrics import LARGEST
 from lit_callbacks.report.downsample import Grid, grid
 from lit_callbacks.report.heat import BUCKETS, Scale, heat_map
 from lit_callbacks.report.lines import Line, Mark, line_chart
@@ -78,7 +79,7 @@ def loss_panel(runs: Sequence[Run], told: Sequence[Sequence[Remark]], reach: tup
         lines += [Line(_called(run, runs, name), run.series[name], 2 * i + j) for j, name in enumerate(keys)]
         whose = "" if len(runs) == 1 else f"{run.name}, "
         marks += [
-            Mark(remark.step, remark.kind, f"{whose}{remark}", f"event-{i}-{j}", i, event.get("loss"))
+            Mark(remark.step, remark.kind, f"{whose}{remark}", f"event-{i}-{j}", i, loss_of(event))
             for j, (remark, event) in enumerate(zip(remarks_of_run, run.events, strict=True))
         ]
         first = run.diagnosis().first_warning_step
@@ -155,6 +156,12 @@ def _heads(series: Mapping[str, Points]) -> dict[str, list[float]]:
         if is_head and len(points):
             table.setdefault(layer, []).append(points[-1][1])
     return table
+
+
+def loss_of(event: Mapping[str, Any]) -> float | None:
+    """The loss of the step that an event is about, if it has one that can be drawn."""
+    value = event.get("loss")
+    return value if isinstance(value, float) and abs(value) <= LARGEST else None
 
 
 def _of_all(runs: Sequence[Run], keys: Sequence[str]) -> list[Line]:

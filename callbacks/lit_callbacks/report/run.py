@@ -169,8 +169,8 @@ def _state(folder: Path, notes: list[str]) -> str:
         return f"It was stopped at step {stopped.get('step', '?')}: {stopped.get('reason', 'for an unknown reason')}."
     if (folder / HEARTBEAT).is_file():
         beat = _json(folder / HEARTBEAT, notes)
-        silent = time.time() - float(beat.get("time") or 0)
-        if silent < _QUIET:
+        beaten = beat.get("time")
+        if isinstance(beaten, int | float) and time.time() - beaten < _QUIET:
             return f"It is under way, at step {beat.get('step', '?')}: what follows may change."
         return f"It has not come to its end: its last sign of life was at step {beat.get('step', '?')}."
     return ""

@@ -172,7 +172,8 @@ def test_secrets_stay_out(diverged, monkeypatch):
     settings = {"logger": {"api_key": "sk-secret-1"}, "note": "key is 0123456789abcdef", "url": "s3://u:pw123@host/x"}
     settings |= {"tokenizer": {"pad_token": "<pad>"}, "hf_token": "hf_secret_2", "token_dropout": 0.3}
     (diverged / "config.yaml").write_text(yaml.safe_dump(settings))
-    write_events(diverged, [{"step": 1, "event": "save_failed", "error": "0123456789abcdef is no key"}])
+    bad = {"step": 1, "event": "alarm", "alarm": "new", "where": ["0123456789abcdef"]}
+    write_events(diverged, [bad, {"step": 1, "event": "save_failed", "error": "0123456789abcdef is no key"}])
     run = read_run(diverged)
     for text in (page([run]), as_json([run])):
         assert not [secret for secret in ("0123456789abcdef", "sk-secret-1", "pw123", "hf_secret_2") if secret in text]
@@ -208,6 +209,15 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     assert [read_run(tmp_path / parent / "version_0").name for parent in "ab"] == ["a/version_0", "b/version_0"]
     text = page([read_run(tmp_path / parent / "c") for parent in "ab"])
     assert f"{tmp_path / 'a' / 'c'}: train/loss" in text
+
+
+def test_a_rate_that_recovery_lowered_is_not_the_planned_one(tmp_path):
+    rates = {"lr-AdamW": [(step, 1e-3) for step in range(50)], "loss_spike/lr_factor": [(0, 1.0), (30, 0.5)]}
+    write_metrics(tmp_path / "run", {"train/loss": losses(50), **rates})
+    texts = re.findall(r'<script type="application/json">(.*?)</script>', page([read_run(tmp_path / "run")]))
+    lines = {line["name"]: line["y"] for text in texts for line in json.loads(text) if "name" in line}
+    assert lines["lr-AdamW, actual"] == [1e-3] * 30 + [5e-4] * 20
+    assert lines["planned"] == [1e-3] * 50
 
 
 @pytest.mark.parametrize("n", [0, 1, 1000])

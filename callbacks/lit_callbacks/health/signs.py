@@ -88,9 +88,19 @@ def _of_events(events: Sequence[Mapping[str, Any]]) -> Iterator[Sign]:
             yield Sign(step, "not_finite", str(event["parameter"]), 2e6, "the gradient was not finite")
 
 
+def is_layer(name: str) -> bool:
+    """Whether the end of a key names a layer, and not a total or a kind of weights of all layers.
+
+    Example:
+        >>> is_layer("layer_3"), is_layer("attention_in"), is_layer("total")
+        (True, False, False)
+    """
+    return name not in _NOT_LAYERS
+
+
 def _is_watched(key: str) -> bool:
     section, _, name = key.partition("/")
-    return name not in _NOT_LAYERS and (section in _SECTIONS or key.startswith(tuple(_POSITIVE)))
+    return is_layer(name) and (section in _SECTIONS or key.startswith(tuple(_POSITIVE)))
 
 
 def _between(points: Points, begin: int, end: int) -> Points:

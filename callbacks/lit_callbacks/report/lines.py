@@ -38,7 +38,7 @@ class Line(NamedTuple):
     @property
     def kind(self) -> str:
         """Its class."""
-        return f"s{self.style % 6}{' quiet' if self.quiet else ''}"
+        return f"s{self.style % 6} d{(self.style + self.style // 6) % 6}{' quiet' if self.quiet else ''}"
 
 
 class Mark(NamedTuple):

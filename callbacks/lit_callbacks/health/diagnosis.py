@@ -59,7 +59,7 @@ def diagnose(series: Series, events: Sequence[Mapping[str, Any]]) -> Diagnosis:
             without. The loss is ``train/loss`` or what comes nearest.
         events: Lines of ``events.jsonl``.
 
-    Cost: 20 ms for 10,000 values of the loss; the layers' values are looked at around the trouble only.
+    Cost: a tenth of a second for 100,000 values of the loss; the layers' values are looked at around the trouble only.
 
     Example:
         >>> loss = [(step, 2.0 + 2.0 / (1 + step)) for step in range(60)] + [(60 + i, 8.0) for i in range(30)]

@@ -4,12 +4,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 from lit_callbacks._curve import Curve
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from matplotlib.figure import Figure
 
 _HEAD = re.compile(r"attention_entropy/(.+)_head_(\d+)")
@@ -36,7 +35,7 @@ class HeatMap(NamedTuple):
     title: str
     rows: list[str]
     columns: list[int]
-    values: npt.NDArray[np.float64]
+    values: "npt.NDArray[np.float64]"
     across: str
     limits: tuple[float, float] | None
     log: bool
@@ -55,6 +54,8 @@ def heat_maps(curves: Mapping[str, Curve], last: Mapping[str, float]) -> Iterato
         >>> shown.rows, shown.columns, shown.values.tolist()
         (['a'], [0, 1], [[0.5, 0.75]])
     """
+    import numpy as np
+
     if found := {match.groups(): value for key, value in last.items() if (match := _HEAD.fullmatch(key))}:
         layers = list(dict.fromkeys(layer for layer, _ in found))
         numbers = sorted({int(head) for _, head in found})
@@ -76,6 +77,7 @@ def heat_maps(curves: Mapping[str, Curve], last: Mapping[str, float]) -> Iterato
 
 def draw(shown: HeatMap) -> "Figure":
     """The picture. Values that are not finite, or none, are grey."""
+    import numpy as np
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.figure import Figure
 

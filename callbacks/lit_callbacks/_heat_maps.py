@@ -15,6 +15,7 @@ _HEAD = re.compile(r"attention_entropy/(.+)_head_(\d+)")
 _LAYER = re.compile(r"grad_norm/(layer_\d+)")
 _UNITS = re.compile(r"dead_neurons/(?!window_tokens)(.+)")
 _COLUMNS, _LABELS = 128, 24
+_FEW = 0.1  # a share of dead units that is not to look like many
 
 
 class HeatMap(NamedTuple):
@@ -62,9 +63,9 @@ def heat_maps(curves: Mapping[str, Curve], last: Mapping[str, float]) -> Iterato
         values = np.array([[found.get((layer, str(head)), np.nan) for head in numbers] for layer in layers])
         title = "attention entropy of each head: 0 looks at one key, 1 at all alike"
         yield HeatMap("heat_maps/attention_entropy", title, layers, numbers, values, "head", (0.0, 1.0), False)
-    for key, title, pattern, limits, log in (
-        ("heat_maps/grad_norm", "gradient norm of each layer, before clipping", _LAYER, None, True),
-        ("heat_maps/dead_neurons", "share of dead units in each layer", _UNITS, (0.0, 1.0), False),
+    for key, title, pattern, log in (
+        ("heat_maps/grad_norm", "gradient norm of each layer, before clipping", _LAYER, True),
+        ("heat_maps/dead_neurons", "share of dead units in each layer", _UNITS, False),
     ):
         series = {match[1]: curve for name, curve in curves.items() if (match := pattern.fullmatch(name))}
         steps = sorted({step for curve in series.values() for step in curve.steps})
@@ -72,6 +73,7 @@ def heat_maps(curves: Mapping[str, Curve], last: Mapping[str, float]) -> Iterato
             steps = steps[:: -(-len(steps) // _COLUMNS)]
             by_step = [dict(zip(curve.steps, curve.values, strict=True)) for curve in series.values()]
             values = np.array([[points.get(step, np.nan) for step in steps] for points in by_step])
+            limits = None if log else (0.0, max([_FEW, *values[np.isfinite(values)]]))
             yield HeatMap(key, title, list(series), steps, values, "optimizer steps", limits, log)
 
 

@@ -99,6 +99,12 @@ def test_a_heat_map_of_a_long_run_has_at_most_128_columns():
     np.testing.assert_array_equal(shown.values[0], shown.columns)
 
 
+def test_few_dead_units_do_not_look_like_many_nor_like_none():
+    for share, highest in ((0.01, 0.1), (0.3, 0.3)):
+        (shown,) = heat_maps({"dead_neurons/mlp": curve({0: 0.0, 1: share})}, {})
+        assert shown.limits == (0.0, highest)
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, math.nan, math.inf])
 def test_any_values_can_be_drawn(value):
     for key in ("grad_norm/layer_0", "dead_neurons/mlp"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.plugins import MixedPrecision
 from torch.distributed.tensor import DTensor
 
 from helpers import MemoryLogger, make_trainer
@@ -109,11 +110,14 @@ def fit(
     # The same global batch: one process takes in one micro-batch what two take in theirs.
     data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=8 // devices)
     losses, sizes, logger = Losses(), Bytes(), MemoryLogger()
+    how, scaler = {"precision": precision}, torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=7)
+    if precision == "scaler":  # that raises its factor now and then
+        how = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
     checkpoint = VerifiedCheckpoint(folder, "{step}", every_n_train_steps=10, save_top_k=-1)
     trainer = make_trainer(
         strategy="auto" if strategy == "single" else strategy, devices=devices, max_steps=steps, max_epochs=-1,
-        accumulate_grad_batches=accumulate, gradient_clip_val=clip, precision=precision, limit_val_batches=0,
-        logger=logger, enable_checkpointing=True, default_root_dir=folder,
+        accumulate_grad_batches=accumulate, gradient_clip_val=clip, limit_val_batches=0,
+        logger=logger, enable_checkpointing=True, default_root_dir=folder, **how,
         callbacks=[
             losses, sizes, GradientNormLogger(5), ParameterStatsLogger(5), AttentionEntropyMonitor(5),
             DeadNeuronDetector(5), ActivationStatsMonitor(5), ThroughputLogger(5), ExactResume(), checkpoint,
@@ -132,12 +136,14 @@ def fit(
         "weights": {name: whole(p).double().abs().sum().item() for name, p in task.named_parameters()},
         "position": data.position(),
         "bytes": sizes.found,
+        "scale": scaler.get_scale(),
     }
 
 
 CASES = {
     "plain": {},
     "bf16": {"precision": "bf16-mixed"},
+    "fp16": {"precision": "scaler", "trouble": "damage"},
     "accumulated_and_clipped": {"accumulate": 2, "clip": 0.5},
     "nan": {"trouble": "nan"},
     "wild": {"trouble": "wild"},

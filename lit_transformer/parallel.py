@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
@@ -44,21 +43,32 @@ class FSDP2(ModelParallelStrategy):
         assert module is not None
         if path.is_dir():
             return super().load_checkpoint(path, weights_only)
+        from torch.distributed.checkpoint import state_dict as whole  # takes a while to import
+
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if self.optimizers:
             go_on(checkpoint)
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=module.strict_loading)
-        set_model_state_dict(module, checkpoint.pop("state_dict"), options=options)
+        options = whole.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=module.strict_loading)
+        whole.set_model_state_dict(module, checkpoint.pop("state_dict"), options=options)
         for optimizer, state in zip(self.optimizers, checkpoint.pop("optimizer_states", ()), strict=False):
-            set_optimizer_state_dict(module, optimizer, _by_name(state, optimizer, module), options=options)
+            whole.set_optimizer_state_dict(module, optimizer, _by_name(state, optimizer, module), options=options)
         return checkpoint
 
 
 def _by_name(state: dict[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
-    """An optimizer's state with the names of parameters in place of numbers, which follow the groups."""
+    """An optimizer's state with the names of parameters in place of numbers, which follow the groups.
+
+    Raises:
+        UsageError: If it is of another number of parameters.
+    """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     own = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     saved = [number for group in state["param_groups"] for number in group["params"]]
+    if len(saved) != len(own):
+        raise UsageError(
+            f"the checkpoint's optimizer has {len(saved)} parameters, and this run trains {len(own)}: go on with the "
+            "param_groups that it was saved with"
+        )
     by_number = dict(zip(saved, own, strict=True))
     return {
         "state": {by_number[number]: values for number, values in state["state"].items()},

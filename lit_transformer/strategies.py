@@ -104,6 +104,12 @@ class TensorParallel(ModelParallelStrategy):
             self.optimizers, contents["optimizer_states"] if self.optimizers else [], strict=True
         ):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            saved = sum(len(group["params"]) for group in state["param_groups"])
+            if saved != len(parameters):
+                raise UsageError(
+                    f"the checkpoint's optimizer has {saved} parameters, and this run trains {len(parameters)}: go on "
+                    "with the param_groups that it was saved with"
+                )
             for number, values in state["state"].items():
                 order = orders.get(names[parameters[number]])
                 for key, value in values.items():

@@ -38,7 +38,11 @@ def single(text, tmp_path_factory):
     @cache
     def run(number):
         found = GRID[number].run(folder, text, "single")
-        assert found["events"] == [[12, "skip"], [26, "skip"], [30, "skip"], [31, "skip"], [32, "rollback"]]
+        if GRID[number].precision == "16-mixed":  # what overflows is the scaler's to skip
+            assert [30, "skip"] in found["events"]
+            assert found["scale"] != 1024
+        else:
+            assert found["events"] == [[12, "skip"], [26, "skip"], [30, "skip"], [31, "skip"], [32, "rollback"]]
         return found
 
     run.folder = folder
@@ -64,18 +68,19 @@ def compare(strategy, numbers, single, text, tmp_path, one_file=""):
     for cell, alone in {str(GRID[int(number)]): single(int(number)) for number in numbers}.items():
         together = first[cell]
         losses = {step: (loss + second[cell]["losses"][step]) / 2 for step, loss in together["losses"].items()}
-        rounding = 1e-2 if "bf16" in cell else 1e-5
+        rounding = 1e-2 if "bf16" in cell else 1e-3 if "16" in cell else 1e-5
         assert losses == pytest.approx(alone["losses"], rel=rounding, nan_ok=True), cell
         assert together["weights"] == pytest.approx(alone["weights"], rel=rounding), cell
         assert second[cell]["weights"] == together["weights"]
         assert together["position"] == alone["position"]
+        assert second[cell]["scale"] == together["scale"] == alone["scale"]
         assert together["events"] == alone["events"], cell
         assert together["resumed"] == resumed_part(together), cell
         assert together["logged"].keys() == alone["logged"].keys()
         for step, metrics in alone["logged"].items():
             found = together["logged"][step]
             assert found.keys() == metrics.keys(), (cell, step)
-            if "bf16" in cell:
+            if "16-mixed" in cell:
                 continue
             assert found == pytest.approx(metrics, rel=1e-3, abs=1e-6, nan_ok=True), (cell, step)
             for key in [key for key in metrics if key.startswith("grad_norm/") or key == "param_norm/total"]:

@@ -1,10 +1,10 @@
-"""Training under every strategy, with two processes on CPUs (or four), against one process with the same global batch.
+"""Training under every strategy, with two processes on CPUs (or four), against one with the same global batch.
 
-Each cell of the grid {strategy} x {fp32, bf16, fp16 with a GradScaler} x {1, 2 batches a step} x {clipped, not clipped} is one run of 40
-steps in which one rank's loss is not a number at step 12, a batch is wild at step 26, and weights are damaged at step
-30. Printed are the largest relative deviations from the single process: of a step's loss, of a weight's absolute sum at
-the end, of gradient norms (total, before and after clipping); and whether recovery did the same at the same steps, and
-a run resumed at step 20 is the same bit for bit. A run takes a few seconds.
+Each cell of the grid {strategy} x {fp32, bf16, fp16 with a GradScaler} x {1, 2 batches a step} x {clipped, not clipped}
+is one run of 40 steps in which one rank's loss is not a number at step 12, a batch is wild at step 26, and weights are
+damaged at step 30. Printed are the largest relative deviations from the single process: of a step's loss, of a weight's
+absolute sum at the end, of gradient norms (total, before and after clipping); and whether recovery did the same at the
+same steps, and a run resumed at step 20 is the same bit for bit. A run takes a few seconds.
 
     python benchmarks/strategies.py
     python benchmarks/strategies.py --strategies fsdp2 fsdp

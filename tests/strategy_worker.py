@@ -43,6 +43,7 @@ from lit_transformer import (
     TransformerConfig,
     WarmupConstant,
 )
+from lit_transformer.commands.consolidate import whole as consolidated
 from lit_transformer.deferred import deferred_weights
 from lit_transformer.errors import UsageError
 
@@ -339,6 +340,10 @@ def main(out, strategy, text, one_file, *numbers):
         found["dropout"] = first.run(out / "dropout", text, strategy, config=dropout, steps=15)["weights"]
     if strategy == "fsdp2":
         found["refused"] = refused(out / "refused", text)
+    if strategy.startswith("zero"):
+        contents = consolidated(cells[0].folder(out) / f"step={STEPS}.ckpt")
+        found["consolidated"] = {k: v.double().abs().sum().item() for k, v in contents["state_dict"].items()}
+        found["states"] = len(contents["optimizer_states"][0]["state"])
     if strategy == "zero2":
         found["refused"] = refused_by_deepspeed(out / "refused", text, strategy)
     if strategy in ("zero2", "zero3"):

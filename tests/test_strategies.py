@@ -85,6 +85,10 @@ def compare(strategy, numbers, single, text, tmp_path, one_file=""):
             assert found == pytest.approx(metrics, rel=1e-3, abs=1e-6, nan_ok=True), (cell, step)
             for key in [key for key in metrics if key.startswith("grad_norm/") or key == "param_norm/total"]:
                 assert found[key] == pytest.approx(metrics[key], rel=1e-5, nan_ok=True), (cell, step, key)
+    if strategy.startswith("zero"):
+        weights = first[str(GRID[int(numbers[0])])]["weights"]
+        assert {name: first["consolidated"][name] for name in weights} == pytest.approx(weights, rel=1e-12)
+        assert first["states"] == len(weights)
     return first, second
 
 
@@ -158,6 +162,11 @@ def test_the_grid_pair_by_pair(strategy, single, text, tmp_path):
     compare(strategy, map(GRID.index, PAIRS[strategy]), single, text, tmp_path)
 
 
+CPU_ZERO_3 = [
+    "--trainer.strategy.class_path=cpu_deepspeed.CPUDeepSpeed", "--trainer.strategy.init_args.stage=3"
+]  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy",
@@ -165,8 +174,7 @@ def test_the_grid_pair_by_pair(strategy, single, text, tmp_path):
         ["strategy/fsdp2"],
         ["strategy/tensor_parallel"],
         ["strategy/fsdp", "--trainer.strategy.class_path=strategy_worker.CPUFSDP"],
-        ["strategy/deepspeed_stage_2", "--trainer.strategy=cpu_deepspeed.CPUDeepSpeed"],
-        ["strategy/deepspeed_stage_3", "--trainer.strategy=cpu_deepspeed.CPUDeepSpeed", "--trainer.strategy.stage=3"],
+        ["strategy/deepspeed_stage_3", *CPU_ZERO_3],
     ],
     ids=lambda words: words[0],
 )
@@ -198,12 +206,21 @@ def test_sharded_on_the_command_line(strategy, tmp_path):
     assert "Consolidated" in run("consolidate", "--run", "a", "--to", "whole.ckpt")
     assert "whole.ckpt exists already" in run("consolidate", "--run", "a", "--to", "whole.ckpt")
     assert "is one file already" in run("consolidate", "--ckpt_path", "whole.ckpt", "--to", "b.ckpt")
-    sides = {}
-    for name, words in (("parts", [*sharded, "--ckpt_path", str(last)]), ("whole", ["--config", "tiny.yaml"])):
-        words = words if name == "parts" else [*words, "--ckpt_path", "whole.ckpt"]
-        found = run("validate", *words, "--trainer.limit_val_batches=1.0")
-        sides[name] = float(re.search(r"val/loss +([0-9.]+)", found)[1])
-    assert sides["whole"] == pytest.approx(sides["parts"], abs=1e-4)
+    if "deepspeed" in strategy[0]:
+        assert "evaluate that on one device" in run("validate", *sharded, "--ckpt_path", str(last))
+        assert "goes on from a folder" in run("fit", *sharded, "--ckpt_path", "whole.ckpt")
+        run("consolidate", "--ckpt_path", str(last.with_name("best-step=20.ckpt")), "--to", "best.ckpt")
+        found = run("validate", "--config", "tiny.yaml", "--ckpt_path", "best.ckpt", "--trainer.limit_val_batches=4")
+        lines = (tmp_path / "runs" / "a" / "metrics.csv").read_text().splitlines()
+        in_parts = [float(line.split(",")[2]) for line in lines if line.startswith("19,val/loss,")]
+        assert [float(re.search(r"val/loss +([0-9.]+)", found)[1])] == pytest.approx(in_parts, abs=1e-4)
+    else:
+        sides = {}
+        for name, words in (("parts", [*sharded, "--ckpt_path", str(last)]), ("whole", ["--config", "tiny.yaml"])):
+            words = words if name == "parts" else [*words, "--ckpt_path", "whole.ckpt"]
+            found = run("validate", *words, "--trainer.limit_val_batches=1.0")
+            sides[name] = float(re.search(r"val/loss +([0-9.]+)", found)[1])
+        assert sides["whole"] == pytest.approx(sides["parts"], abs=1e-4)
     assert "Trained to step 30" in run(
         "fit", "--config", "tiny.yaml", "--run", "b", "--ckpt_path", "whole.ckpt", "--trainer.max_steps=30"
     )

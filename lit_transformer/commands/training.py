@@ -161,11 +161,20 @@ class TrainingCLI(LightningCLI):
             self.run = run if run.owns(settings.ckpt_path) else None
         if settings.ckpt_path is not None:
             self.checkpoint = load_checkpoint(settings.ckpt_path, weights=not self._strategy_is(*_SHARDED))
-            if self._strategy_is("deepspeed") and not is_in_parts(settings.ckpt_path):
-                raise UsageError(
-                    f"{settings.ckpt_path} is one file, and DeepSpeed goes on from a folder that it has saved itself; "
-                    "take the weights of the file by model.init_args.init_from, or another strategy"
-                )
+            if self._strategy_is("deepspeed"):
+                self._check_for_deepspeed(settings.ckpt_path)
+
+    def _check_for_deepspeed(self, path: str) -> None:
+        if self.subcommand != "fit":
+            raise UsageError(
+                f"DeepSpeed loads its checkpoints with the optimizer, which {self.subcommand} does not have: make "
+                f"{path} one file by `consolidate`, and evaluate that on one device or under strategy ddp"
+            )
+        if not is_in_parts(path):
+            raise UsageError(
+                f"{path} is one file, and DeepSpeed goes on from a folder that it has saved itself; take the weights "
+                "of the file by model.init_args.init_from, or another strategy"
+            )
 
     def _go_on(self, run: RunFolder) -> str | None:
         """The checkpoint that a run goes on from; None where it was killed before its first: it begins anew."""

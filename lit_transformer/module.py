@@ -17,6 +17,7 @@ from lit_transformer.nn import Transformer, TransformerConfig, check_ids
 from lit_transformer.objectives import Objective
 from lit_transformer.optim import ParamGroups, Schedule, WarmupCosine
 from lit_transformer.parallel import shards, spread
+from lit_transformer.strategies import TensorParallel
 from lit_transformer.task import LitTask
 from lit_transformer.warm_start import load_body
 
@@ -39,7 +40,8 @@ class LitTransformer(LitTask):
     Raises:
         ValueError: If an argument is out of range.
         UsageError: At the start of fit, as :class:`~lit_transformer.recipe.LitRecipe` says; if the data's blocks or
-            texts are longer than ``max_length``; if the checkpoint to start from is of another architecture.
+            texts are longer than ``max_length``; if the checkpoint to start from is of another architecture; if a
+            compiled model forgets activations under tensor parallelism.
         IndexError: If a batch has a token id that is not in the vocabulary.
     """
 
@@ -88,8 +90,19 @@ class LitTransformer(LitTask):
         warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer` in `LightningModule`")
         super().setup(stage)
         if stage == "fit" and self.compile_model:
+            strategy = self.trainer.strategy
+            if (
+                isinstance(strategy, TensorParallel)
+                and strategy.group_size > 1
+                and self.config.activation_checkpointing
+            ):
+                # AOTAutograd takes the mesh of devices for something to keep for the backward pass (torch 2.13).
+                raise UsageError(
+                    "compile_model and activation_checkpointing do not go together under tensor parallelism: set "
+                    "compile_model to false, or activation_checkpointing to 0"
+                )
             # Gathering parameters is no part of a graph.
-            self.model.compile(fullgraph=not shards(self.trainer.strategy))
+            self.model.compile(fullgraph=not shards(strategy))
         if stage == "fit" and isinstance(self.trainer.strategy, DeepSpeedStrategy):
             self._start_from_weights()  # before the engine copies them
 

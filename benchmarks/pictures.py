@@ -89,7 +89,8 @@ def main() -> None:
         series = read_metrics(run / "metrics.csv")
         out = ROOT / "callbacks" / "pictures"
         out.mkdir(exist_ok=True)
-        shutil.copy(run / "figures" / "loss_curve.png", out / "loss_curve.png")
+        for name in ("loss_curve", "heat_maps_grad_norm", "heat_maps_attention_entropy"):
+            shutil.copy(run / "figures" / f"{name}.png", out / f"{name}.png")
     kinds = {kind: series[f"grad_norm/{kind}"] for kind in ("attention_in", "attention_out", "feed_forward_in")}
     whole = {name: series[f"grad_norm/{name}"] for name in ("total", "clipped")}
     draw(

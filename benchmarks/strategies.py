@@ -1,10 +1,10 @@
-"""Training under every strategy, with two processes on CPUs, against one process with the same global batch.
+"""Training under every strategy, with two processes on CPUs (or four), against one with the same global batch.
 
-Each cell of the grid {strategy} x {fp32, bf16} x {1, 2 batches a step} x {clipped, not clipped} is one run of 40
-steps in which one rank's loss is not a number at step 12, a batch is wild at step 26, and weights are damaged at step
-30. Printed are the largest relative deviations from the single process: of a step's loss, of a weight's absolute sum at
-the end, of gradient norms (total, before and after clipping); and whether recovery did the same at the same steps, and
-a run resumed at step 20 is the same bit for bit. A run takes a few seconds.
+Each cell of the grid {strategy} x {fp32, bf16, fp16 with a GradScaler} x {1, 2 batches a step} x {clipped, not clipped}
+is one run of 40 steps in which one rank's loss is not a number at step 12, a batch is wild at step 26, and weights are
+damaged at step 30. Printed are the largest relative deviations from the single process: of a step's loss, of a weight's
+absolute sum at the end, of gradient norms (total, before and after clipping); and whether recovery did the same at the
+same steps, and a run resumed at step 20 is the same bit for bit. A run takes a few seconds.
 
     python benchmarks/strategies.py
     python benchmarks/strategies.py --strategies fsdp2 fsdp
@@ -18,8 +18,8 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1] / "tests"
 sys.path.insert(0, str(TESTS))
 
-from helpers import two_ranks  # noqa: E402
-from strategy_worker import GRID, STRATEGIES, Cell, resumed_part  # noqa: E402
+from helpers import run_ranks  # noqa: E402
+from strategy_worker import GRID, STRATEGIES, Cell, cells, resumed_part  # noqa: E402
 
 NORMS = ("grad_norm/total", "grad_norm/clipped")
 
@@ -46,19 +46,21 @@ def main() -> None:
         out = Path(folder)
         text = out / "text.txt"
         text.write_text("".join(f"{i * i % 97:03d}, {i:04d}; " for i in range(4000)))
-        alone = [cell.run(out / "single", str(text), "single") for cell in GRID]
+        alone = {cell: cell.run(out / "single", str(text), "single") for cell in GRID}
         for strategy in options.strategies:
-            numbers = map(str, range(len(GRID)))
+            possible = cells(strategy)
+            numbers = [str(GRID.index(cell)) for cell in possible]
             worker = TESTS / "strategy_worker.py"
             (out / strategy).mkdir()
-            ranks = two_ranks(worker, out / strategy, strategy, strategy, str(text), *numbers, timeout=1200)
-            for cell, single in zip(GRID, alone, strict=True):
-                print(row(strategy, cell, ranks, single), flush=True)
+            words, n = (strategy, str(text), "", *numbers), STRATEGIES[strategy][0]
+            ranks = run_ranks(worker, out / strategy, strategy, *words, n=n, timeout=1200)
+            for cell in possible:
+                print(row(strategy, cell, ranks, alone[cell]), flush=True)
 
 
 def row(strategy: str, cell: Cell, ranks: list[dict], alone: dict) -> str:
     """A line of the table."""
-    first, second = (rank[str(cell)] for rank in ranks)
+    first, second = ranks[0][str(cell)], ranks[-1][str(cell)]
     losses = {step: (loss + second["losses"][step]) / 2 for step, loss in first["losses"].items()}
     values = [
         deviation(losses, alone["losses"]),

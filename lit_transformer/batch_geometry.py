@@ -33,6 +33,11 @@ class BatchGeometry:
         )
 
 
+def data_parallel_size(trainer: Trainer) -> int:
+    """How many parts a batch has: devices, or groups of devices that share one under tensor parallelism."""
+    return int((trainer.distributed_sampler_kwargs or {"num_replicas": trainer.world_size})["num_replicas"])
+
+
 def measure(trainer: Trainer, target: int) -> BatchGeometry:
     """The accumulation that reaches ``target`` tokens a step on this trainer's devices.
 
@@ -45,10 +50,11 @@ def measure(trainer: Trainer, target: int) -> BatchGeometry:
             "target_batch_tokens needs a data module with tokens_per_batch, and this one has none; set "
             "trainer.accumulate_grad_batches instead"
         )
-    accumulation = math.ceil(target / (tokens * trainer.world_size))
+    devices = data_parallel_size(trainer)
+    accumulation = math.ceil(target / (tokens * devices))
     if trainer.accumulate_grad_batches not in (1, accumulation):
         raise UsageError(
             f"target_batch_tokens={target} derives an accumulation of {accumulation}, but "
             f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} is set as well; leave one of them out"
         )
-    return BatchGeometry(trainer.world_size, tokens, accumulation, target)
+    return BatchGeometry(devices, tokens, accumulation, target)

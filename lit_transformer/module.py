@@ -10,12 +10,14 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
 
+from lit_transformer.deferred import Draws, make_model
 from lit_transformer.distillation import Distillation
 from lit_transformer.errors import UsageError
 from lit_transformer.nn import Transformer, TransformerConfig, check_ids
 from lit_transformer.objectives import Objective
 from lit_transformer.optim import ParamGroups, Schedule, WarmupCosine
 from lit_transformer.parallel import shards, spread
+from lit_transformer.strategies import TensorParallel
 from lit_transformer.task import LitTask
 from lit_transformer.warm_start import load_body
 
@@ -38,7 +40,8 @@ class LitTransformer(LitTask):
     Raises:
         ValueError: If an argument is out of range.
         UsageError: At the start of fit, as :class:`~lit_transformer.recipe.LitRecipe` says; if the data's blocks or
-            texts are longer than ``max_length``; if the checkpoint to start from is of another architecture.
+            texts are longer than ``max_length``; if the checkpoint to start from is of another architecture; if a
+            compiled model forgets activations under tensor parallelism.
         IndexError: If a batch has a token id that is not in the vocabulary.
     """
 
@@ -63,7 +66,8 @@ class LitTransformer(LitTask):
         self.save_hyperparameters(
             {"config": asdict(self.config), "init_from": init_from, "compile_model": compile_model}
         )
-        self.model: Any = network(self.config)
+        self.model: Any
+        self.model, self._draws = make_model(network, self.config)
         self._has_weights = False
 
     def setup(self, stage: str) -> None:
@@ -86,14 +90,27 @@ class LitTransformer(LitTask):
         warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer` in `LightningModule`")
         super().setup(stage)
         if stage == "fit" and self.compile_model:
-            self.model.compile(fullgraph=not shards(self.trainer.strategy))
+            strategy = self.trainer.strategy
+            if (
+                isinstance(strategy, TensorParallel)
+                and strategy.group_size > 1
+                and self.config.activation_checkpointing
+            ):
+                # AOTAutograd takes the mesh of devices for something to keep for the backward pass (torch 2.13).
+                raise UsageError(
+                    "compile_model and activation_checkpointing do not go together under tensor parallelism: set "
+                    "compile_model to false, or activation_checkpointing to 0"
+                )
+            # Gathering parameters is no part of a graph.
+            self.model.compile(fullgraph=not shards(strategy))
         if stage == "fit" and isinstance(self.trainer.strategy, DeepSpeedStrategy):
             self._start_from_weights()  # before the engine copies them
 
     def configure_model(self) -> None:
-        """Spread the model over devices, where the strategy leaves that to the module."""
+        """Spread the model over devices, where the strategy leaves that to the module; give it its weights."""
         if self._trainer is not None:
-            spread(self.model, self.trainer.strategy, self._device_mesh)
+            spread(self.model, self.config, self.trainer.strategy, self._device_mesh, self._draws)
+            self._draws = Draws()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Look at the ids while looking is cheap: on a device, a wrong one ends the process without a reason."""

@@ -1,79 +1,18 @@
 """How a model is spread over devices, where the strategy leaves that to the module."""
 
-from pathlib import Path
-from typing import Any
-
-import torch
-from lightning.pytorch.strategies import (
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    Strategy,
-    StrategyRegistry,
-)
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.optim import Optimizer
+from torch.distributed.tensor import DTensor
 
+from lit_transformer.deferred import Draws
 from lit_transformer.errors import UsageError
+from lit_transformer.nn import TransformerConfig
 from lit_transformer.nn.blocks import repeated_blocks
-from lit_transformer.optim.schedule_free import go_on
-
-
-class FSDP2(ModelParallelStrategy):
-    """Fully sharded data parallelism over all devices: Lightning's ``ModelParallelStrategy`` without a size to set.
-
-    Also as ``strategy="fsdp2"``.
-
-    Args:
-        save_distributed_checkpoint: Whether a checkpoint is a folder with each rank's part, which may be loaded on
-            another number of ranks; else one file, that the first rank collects.
-    """
-
-    def __init__(self, save_distributed_checkpoint: bool = True) -> None:
-        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint)
-
-    def setup_environment(self) -> None:
-        """Lightning's own default is one part per machine."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
-        super().setup_environment()
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Of a file that one process wrote, each rank takes its part.
-
-        Lightning takes the numbers of an optimizer's states for places in the model (2.6), which they are in one group
-        alone: with more, parameters would get each other's.
-        """
-        path, module = Path(self.broadcast(checkpoint_path)), self.lightning_module
-        assert module is not None
-        if path.is_dir():
-            return super().load_checkpoint(path, weights_only)
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        if self.optimizers:
-            go_on(checkpoint)
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=module.strict_loading)
-        set_model_state_dict(module, checkpoint.pop("state_dict"), options=options)
-        for optimizer, state in zip(self.optimizers, checkpoint.pop("optimizer_states", ()), strict=False):
-            set_optimizer_state_dict(module, optimizer, _by_name(state, optimizer, module), options=options)
-        return checkpoint
-
-
-def _by_name(state: dict[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
-    """An optimizer's state with the names of parameters in place of numbers, which follow the groups."""
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    own = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-    saved = [number for group in state["param_groups"] for number in group["params"]]
-    by_number = dict(zip(saved, own, strict=True))
-    return {
-        "state": {by_number[number]: values for number, values in state["state"].items()},
-        "param_groups": [g | {"params": [by_number[number] for number in g["params"]]} for g in state["param_groups"]],
-    }
-
-
-StrategyRegistry.register("fsdp2", FSDP2, description="Parameters, gradients and optimizer states in parts")
+from lit_transformer.strategies import TensorParallel
+from lit_transformer.tensor_parallel import cut
 
 
 def shards(strategy: Strategy) -> bool:
@@ -82,35 +21,51 @@ def shards(strategy: Strategy) -> bool:
     return zero or isinstance(strategy, ModelParallelStrategy | FSDPStrategy)
 
 
-def spread(model: nn.Module, strategy: Strategy, mesh: DeviceMesh | None) -> None:
-    """Shard a model's parameters, gradients and optimizer states over the data-parallel devices, block by block.
+def spread(
+    model: nn.Module, config: TransformerConfig | None, strategy: Strategy, mesh: DeviceMesh | None, draws: Draws
+) -> None:
+    """Cut a model's blocks along heads and units, and shard its parameters over groups, where the strategy says so.
 
-    That is FSDP2 (Zhao et al. 2023; ``torch.distributed.fsdp.fully_shard``): a block's parameters are whole only while
-    it computes. Lightning's ``FSDPStrategy`` (FSDP1) is told to wrap blocks, unless it has a policy already. Nothing
-    happens under other strategies, or the second time.
+    Sharding is FSDP2 (Zhao et al. 2023; ``torch.distributed.fsdp.fully_shard``): a block's parameters are whole only
+    while it computes. Parameters without memory get it on the way, those of a block at a time. Lightning's
+    ``FSDPStrategy`` (FSDP1) is told to wrap blocks, unless it has a policy already. Under other strategies parameters
+    get their memory, and no more; nothing happens the second time.
 
     Args:
         model: One of ours, or any that is stacked of blocks.
+        config: Its configuration, if it is one of ours.
         strategy: The Trainer's.
         mesh: Its devices, if it has them in a mesh.
+        draws: What fills parameters that have no memory yet.
 
     Raises:
-        UsageError: If the mesh has a tensor-parallel dimension.
+        UsageError: If the number of devices in a group does not divide heads or hidden units, the model is none of
+            ours, or the strategy does not know how cut weights are saved.
     """
     if isinstance(strategy, FSDPStrategy):
-        strategy.kwargs.setdefault(
-            "auto_wrap_policy", ModuleWrapPolicy({type(block) for block in repeated_blocks(model)})
-        )
-    if not isinstance(strategy, ModelParallelStrategy) or isinstance(model, FSDPModule):
+        policy = ModuleWrapPolicy({type(block) for block in repeated_blocks(model)})
+        strategy.kwargs.setdefault("auto_wrap_policy", policy)
+    if not isinstance(strategy, ModelParallelStrategy):
+        draws.fill(model)
+        return
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return
     assert mesh is not None
-    if (degree := mesh["tensor_parallel"].size()) > 1:
-        raise UsageError(
-            f"tensor_parallel_size is {degree}, and our blocks are not cut along their heads yet: set it to 1, and "
-            "data_parallel_size to the number of devices"
-        )
+    if mesh["tensor_parallel"].size() > 1:
+        if config is None:
+            raise UsageError("tensor_parallel is for models of ours, and not for Hugging Face's: use strategy fsdp2")
+        if not isinstance(strategy, TensorParallel):
+            raise UsageError(
+                "tensor_parallel_size above 1 needs lit_transformer.strategies.TensorParallel, which saves cut weights "
+                f"as whole ones, got {type(strategy).__name__}; change class_path of trainer.strategy"
+            )
+        cut(model, config, mesh["tensor_parallel"], draws)
+        if mesh["data_parallel"].size() == 1:
+            return
     for block in repeated_blocks(model):
+        draws.fill(block)
         fully_shard(block, mesh=mesh["data_parallel"])
+    draws.fill(model)
     fully_shard(model, mesh=mesh["data_parallel"])
 
 

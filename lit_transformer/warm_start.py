@@ -9,6 +9,7 @@ from torch import nn
 from lit_transformer.checkpoint_files import read_checkpoint
 from lit_transformer.errors import UsageError
 from lit_transformer.optim.layers import layer_depths
+from lit_transformer.tensor_parallel import part_of, stacked_orders
 
 
 def load_body(module: nn.Module, checkpoint: str | Path) -> None:
@@ -42,9 +43,11 @@ def load_body(module: nn.Module, checkpoint: str | Path) -> None:
             f"{checkpoint} is of another architecture: it has {beyond[0]}, which is not here; see "
             f"model.init_args.config, which has {top - 1} layers here"
         )
+    orders = stacked_orders(module)
     with torch.no_grad():
         for name, parameter in own.items():
             if name not in fresh:
-                parameter.copy_(weights[name])
+                whole = weights[name][orders[name]] if name in orders else weights[name]
+                parameter.copy_(part_of(whole, parameter))
     left = f"; newly initialised: {', '.join(fresh)}" if fresh else ""
     rank_zero_info(f"Weights of {checkpoint}: {len(own) - len(fresh)} of {len(own)} taken{left}.")

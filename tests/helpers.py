@@ -194,11 +194,16 @@ def assert_identical(actual, expected):
 
 def two_ranks(worker, out, name, *arguments, timeout=240):
     """What two gloo processes of a script found, each in ``<name>_<rank>.json`` of the folder it is given."""
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return run_ranks(worker, out, name, *arguments, timeout=timeout)
+
+
+def run_ranks(worker, out, name, *arguments, n=2, timeout=240):
+    """Likewise, of another number."""
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     run = subprocess.run(
         [*command, worker, out, *arguments], env=environment, capture_output=True, text=True, timeout=timeout
     )
-    found = [out / f"{name}_{rank}.json" for rank in range(2)]
+    found = [out / f"{name}_{rank}.json" for rank in range(n)]
     assert all(path.exists() for path in found), run.stderr[-4000:]
     return [json.loads(path.read_text()) for path in found]

@@ -4,6 +4,8 @@ import itertools
 import json
 import os
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +13,7 @@ from unittest import mock
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from pytorch_optimizer import ScheduleFreeAdamW
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -41,11 +44,13 @@ from lit_transformer import (
     WarmupConstant,
 )
 from lit_transformer.commands.consolidate import whole as consolidated
+from lit_transformer.deferred import deferred_weights
 from lit_transformer.errors import UsageError
 
 STEPS = 40
 CONFIG = TransformerConfig(
-    vocab_size=256, max_length=16, d_model=16, n_layers=2, n_heads=2, bias=False,  # of a key: noise
+    vocab_size=256, max_length=16, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, activation="swiglu", d_ff=32,
+    bias=False,  # of a key: noise
     attention_dropout=0, ffn_dropout=0, residual_dropout=0, embedding_dropout=0,
 )  # fmt: skip
 
@@ -141,11 +146,19 @@ class CPUFSDP(FSDPStrategy):
             return super()._setup_model(model)
 
 
-STRATEGIES = {"single": lambda: "auto", "ddp": lambda: "ddp", "fsdp2": lambda: "fsdp2", "fsdp": CPUFSDP}
-STRATEGIES |= {
-    "zero1": lambda: CPUDeepSpeed(1), "zero2": lambda: CPUDeepSpeed(2), "zero3": lambda: CPUDeepSpeed(3),
-    "zero2_offload": lambda: CPUDeepSpeed(2, offload=True), "zero3_offload": lambda: CPUDeepSpeed(3, offload=True),
-}  # fmt: skip
+STRATEGIES = {  # devices, parts of a batch, strategy
+    "single": (1, 1, lambda: "auto"),
+    "ddp": (2, 2, lambda: "ddp"),
+    "fsdp2": (2, 2, lambda: "fsdp2"),
+    "tensor_parallel": (2, 1, lambda: "tensor_parallel"),
+    "tensor_parallel_and_fsdp2": (4, 2, lambda: "tensor_parallel"),
+    "fsdp": (2, 2, CPUFSDP),
+    "zero1": (2, 2, lambda: CPUDeepSpeed(1)),
+    "zero2": (2, 2, lambda: CPUDeepSpeed(2)),
+    "zero3": (2, 2, lambda: CPUDeepSpeed(3)),
+    "zero2_offload": (2, 2, lambda: CPUDeepSpeed(2, offload=True)),
+    "zero3_offload": (2, 2, lambda: CPUDeepSpeed(3, offload=True)),
+}
 
 
 def events(folder):
@@ -170,20 +183,24 @@ def weights(trainer, task):
     return found
 
 
-def fit(folder, text, strategy, *, accumulate, clip, precision, trouble, steps=STEPS, resume=None):
+def fit(folder, text, strategy, *, accumulate, clip, precision, trouble, steps=STEPS, resume=None, config=CONFIG):
     """Losses, logged metrics, events and weights of a run."""
-    devices = 1 if strategy == "single" else 2
+    devices, parts, make_strategy = STRATEGIES[strategy]
     torch.manual_seed(0)
-    task = Task(CONFIG, partial(torch.optim.AdamW, lr=3e-3), schedule=None)
+    with deferred_weights() if "fsdp2" in strategy or "tensor" in strategy else nullcontext():
+        task = Task(config, partial(torch.optim.AdamW, lr=3e-3), schedule=None)
     task.trouble = trouble
     # The same global batch: one process takes in one micro-batch what two take in theirs.
-    data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=8 // devices)
+    data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=8 // parts)
     losses, sizes, logger = Losses(), Bytes(), MemoryLogger()
+    how, scaler = {"precision": precision}, torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=7)
+    if precision == "16-mixed":  # of which Lightning makes bf16 on a CPU; the factor is raised now and then
+        how = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
     checkpoint = VerifiedCheckpoint(folder, "{step}", every_n_train_steps=10, save_top_k=-1)
     trainer = make_trainer(
-        strategy=STRATEGIES[strategy](), devices=devices, max_steps=steps, max_epochs=-1,
-        accumulate_grad_batches=accumulate, gradient_clip_val=clip, precision=precision, limit_val_batches=0,
-        logger=logger, enable_checkpointing=True, default_root_dir=folder,
+        strategy=make_strategy(), devices=devices, max_steps=steps, max_epochs=-1,
+        accumulate_grad_batches=accumulate, gradient_clip_val=clip, limit_val_batches=0, logger=logger,
+        enable_checkpointing=True, default_root_dir=folder, **how,
         callbacks=[
             losses, sizes, GradientNormLogger(5), ParameterStatsLogger(5), AttentionEntropyMonitor(5),
             DeadNeuronDetector(5), ActivationStatsMonitor(5), ThroughputLogger(5), ExactResume(), checkpoint,
@@ -203,6 +220,7 @@ def fit(folder, text, strategy, *, accumulate, clip, precision, trouble, steps=S
         "position": data.position(),
         "events": events(folder),
         "bytes": sizes.found,
+        "scale": scaler.get_scale(),
     }
 
 
@@ -226,7 +244,12 @@ class Cell(NamedTuple):
         )  # fmt: skip
 
 
-GRID = [Cell(*values) for values in itertools.product(("32-true", "bf16-mixed"), (1, 2), (None, 0.5))]
+GRID = [Cell(*values) for values in itertools.product(("32-true", "bf16-mixed", "16-mixed"), (1, 2), (None, 0.5))]
+
+
+def cells(strategy):
+    """Those that a CPU has: FSDP1 has a scaler of its own, for GPUs, and DeepSpeed no fp16."""
+    return [cell for cell in GRID if cell.precision != "16-mixed" or not (strategy == "fsdp" or "zero" in strategy)]
 
 
 class WholeGradients(Callback):
@@ -254,7 +277,7 @@ def whole_gradients(folder, text, strategy):
     data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=4)
     compare = WholeGradients()
     trainer = make_trainer(
-        strategy=STRATEGIES[strategy](), devices=2, max_steps=3, accumulate_grad_batches=2, limit_val_batches=0,
+        strategy=STRATEGIES[strategy][2](), devices=2, max_steps=3, accumulate_grad_batches=2, limit_val_batches=0,
         default_root_dir=folder, callbacks=[compare],
     )  # fmt: skip
     trainer.fit(LitCausalLM(CONFIG, schedule=None), data)
@@ -277,7 +300,7 @@ def refused_by_deepspeed(folder, text, strategy):
     for name, (task, callbacks, more) in runs.items():
         options = {"max_steps": 1, "limit_val_batches": 0, "default_root_dir": folder} | more
         try:
-            make_trainer(strategy=STRATEGIES[strategy](), devices=2, callbacks=callbacks, **options).fit(task, data)
+            make_trainer(strategy=STRATEGIES[strategy][2](), devices=2, callbacks=callbacks, **options).fit(task, data)
         except (UsageError, SetupError) as error:
             found[name] = str(error)
     return found
@@ -302,14 +325,19 @@ def resumed_part(whole):
     return {step: loss for step, loss in whole["losses"].items() if 20 <= int(step) < 30}
 
 
-def main(out, strategy, text, *numbers):
+def main(out, strategy, text, one_file, *numbers):
     """Write what some cells of the grid give on this rank, also resumed; and what is refused."""
-    found = {}
-    cells = [GRID[int(number)] for number in numbers]
+    found, cells = {}, [GRID[int(number)] for number in numbers]
+    first = cells[0]
     for cell in cells:
         whole = found[str(cell)] = cell.run(out, text, strategy)
         checkpoint = str(cell.folder(out) / "step=20.ckpt")
         whole["resumed"] = cell.run(out / "resumed", text, strategy, resume=checkpoint, steps=30)["losses"]
+    if one_file:  # of the first cell, by one process
+        found["from_one_file"] = first.run(out / "from_one_file", text, strategy, resume=one_file, steps=30)["losses"]
+    if strategy == "tensor_parallel":
+        dropout = replace(CONFIG, attention_dropout=0.1, ffn_dropout=0.1, residual_dropout=0.1, embedding_dropout=0.1)
+        found["dropout"] = first.run(out / "dropout", text, strategy, config=dropout, steps=15)["weights"]
     if strategy == "fsdp2":
         found["refused"] = refused(out / "refused", text)
     if strategy.startswith("zero"):

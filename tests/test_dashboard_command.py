@@ -60,15 +60,19 @@ def test_the_charts_are_of_keys_in_the_catalogue():
     ("words", "hidden", "message"),
     [
         ([], None, "dashboard needs the W&B user or team that it is for: --entity NAME"),
-        (["--entity", "me"], None, "W&B has no API key on this machine; run wandb login, or set WANDB_API_KEY"),
+        (
+            ["--entity", "me"],
+            None,
+            "a workspace is kept in W&B, which cannot be asked: there is no API key; wandb login",
+        ),
         (["--entity", "me"], "wandb_workspaces", "wandb-workspaces is not installed; pip install wandb-workspaces"),
         (["--entitty", "me"], None, "entity"),
     ],
 )
 def test_what_is_missing_is_said_in_one_sentence(words, hidden, message, monkeypatch, capsys, tmp_path):
     pytest.importorskip("wandb_workspaces")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("WANDB_API_KEY", "WANDB_ENTITY", "NETRC"):
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    for name in ("WANDB_API_KEY", "WANDB_ENTITY", "WANDB_MODE", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     if hidden:
         monkeypatch.setitem(sys.modules, hidden, None)
@@ -80,9 +84,23 @@ def test_what_is_missing_is_said_in_one_sentence(words, hidden, message, monkeyp
 
 def test_it_says_where_the_workspace_is(monkeypatch, capsys):
     workspaces = pytest.importorskip("wandb_workspaces.workspaces")
+    monkeypatch.setattr("lit_transformer.commands.dashboard.why_offline", lambda: None)
     monkeypatch.setattr(workspaces.Workspace, "save", lambda self: self)
     monkeypatch.setattr(workspaces.Workspace, "url", "https://example.org/me/mine?nw=1")
     main(["dashboard", "--entity", "me", "--project", "mine"])
     assert capsys.readouterr().out == (
         "Workspace 'Training stability' with 8 sections: https://example.org/me/mine?nw=1\n"
     )
+
+
+def test_what_the_server_says_against_it_is_passed_on(monkeypatch, capsys):
+    workspaces = pytest.importorskip("wandb_workspaces.workspaces")
+
+    def refuse(self):
+        raise ValueError("entity me not found")
+
+    monkeypatch.setattr("lit_transformer.commands.dashboard.why_offline", lambda: None)
+    monkeypatch.setattr(workspaces.Workspace, "save", refuse)
+    with pytest.raises(SystemExit):
+        main(["dashboard", "--entity", "me"])
+    assert "W&B did not take the workspace: entity me not found" in capsys.readouterr().err

@@ -15,7 +15,7 @@ CALLBACKS = REPOSITORY / "callbacks" / "lit_callbacks"
 TRANSFORMER = REPOSITORY / "lit_transformer"
 STANDARD = set(sys.stdlib_module_names)
 FUNCTIONAL = {"torch", "typing", "collections", "collections.abc"}
-EVERYWHERE = {"torch", "lightning", "lightning_utilities", "torchmetrics", "numpy"}
+EVERYWHERE = {"torch", "lightning", "lightning_utilities", "torchmetrics"}
 
 
 def imports(path, top_level_only=False):

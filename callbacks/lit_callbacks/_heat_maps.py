@@ -4,18 +4,18 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 from lit_callbacks._curve import Curve
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from matplotlib.figure import Figure
 
 _HEAD = re.compile(r"attention_entropy/(.+)_head_(\d+)")
 _LAYER = re.compile(r"grad_norm/(layer_\d+)")
 _UNITS = re.compile(r"dead_neurons/(?!window_tokens)(.+)")
 _COLUMNS, _LABELS = 128, 24
+_FEW = 0.1  # a share of dead units that is not to look like many
 
 
 class HeatMap(NamedTuple):
@@ -36,7 +36,7 @@ class HeatMap(NamedTuple):
     title: str
     rows: list[str]
     columns: list[int]
-    values: npt.NDArray[np.float64]
+    values: "npt.NDArray[np.float64]"
     across: str
     limits: tuple[float, float] | None
     log: bool
@@ -55,15 +55,17 @@ def heat_maps(curves: Mapping[str, Curve], last: Mapping[str, float]) -> Iterato
         >>> shown.rows, shown.columns, shown.values.tolist()
         (['a'], [0, 1], [[0.5, 0.75]])
     """
+    import numpy as np
+
     if found := {match.groups(): value for key, value in last.items() if (match := _HEAD.fullmatch(key))}:
         layers = list(dict.fromkeys(layer for layer, _ in found))
         numbers = sorted({int(head) for _, head in found})
         values = np.array([[found.get((layer, str(head)), np.nan) for head in numbers] for layer in layers])
         title = "attention entropy of each head: 0 looks at one key, 1 at all alike"
         yield HeatMap("heat_maps/attention_entropy", title, layers, numbers, values, "head", (0.0, 1.0), False)
-    for key, title, pattern, limits, log in (
-        ("heat_maps/grad_norm", "gradient norm of each layer, before clipping", _LAYER, None, True),
-        ("heat_maps/dead_neurons", "share of dead units in each layer", _UNITS, (0.0, 1.0), False),
+    for key, title, pattern, log in (
+        ("heat_maps/grad_norm", "gradient norm of each layer, before clipping", _LAYER, True),
+        ("heat_maps/dead_neurons", "share of dead units in each layer", _UNITS, False),
     ):
         series = {match[1]: curve for name, curve in curves.items() if (match := pattern.fullmatch(name))}
         steps = sorted({step for curve in series.values() for step in curve.steps})
@@ -71,11 +73,13 @@ def heat_maps(curves: Mapping[str, Curve], last: Mapping[str, float]) -> Iterato
             steps = steps[:: -(-len(steps) // _COLUMNS)]
             by_step = [dict(zip(curve.steps, curve.values, strict=True)) for curve in series.values()]
             values = np.array([[points.get(step, np.nan) for step in steps] for points in by_step])
+            limits = None if log else (0.0, max([_FEW, *values[np.isfinite(values)]]))
             yield HeatMap(key, title, list(series), steps, values, "optimizer steps", limits, log)
 
 
 def draw(shown: HeatMap) -> "Figure":
     """The picture. Values that are not finite, or none, are grey."""
+    import numpy as np
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.figure import Figure
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 from lightning.pytorch import Trainer
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from matplotlib.figure import Figure
 
 
@@ -62,7 +62,8 @@ def save_picture(key: str, figure: "Figure", folder: Path) -> None:
     _save(_pixels(figure), key, folder)
 
 
-def _pixels(figure: "Figure") -> npt.NDArray[np.uint8]:
+def _pixels(figure: "Figure") -> "npt.NDArray[np.uint8]":
+    import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas: Any = FigureCanvasAgg(figure)
@@ -70,7 +71,7 @@ def _pixels(figure: "Figure") -> npt.NDArray[np.uint8]:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _save(pixels: npt.NDArray[np.uint8], key: str, folder: Path) -> None:
+def _save(pixels: "npt.NDArray[np.uint8]", key: str, folder: Path) -> None:
     from matplotlib.image import imsave
 
     path = folder / "figures" / f"{key.replace('/', '_')}.png"

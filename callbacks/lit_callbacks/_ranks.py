@@ -19,6 +19,30 @@ class Measurement(NamedTuple):
     maxima: Mapping[str, Tensor] = {}
 
 
+def tensor_parallel(trainer: Trainer) -> tuple[int, int]:
+    """This rank's place among those that share the work of one batch, and how many they are: 0 of 1 elsewhere."""
+    parts = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size)
+    size = trainer.world_size // parts
+    return trainer.global_rank % size, size
+
+
+def side_by_side(trainer: Trainer, rows: Tensor, nothing: float = 0.0) -> Tensor:
+    """Rows of heads or hidden units, at this rank's place among those that have others, for a reduction over ranks.
+
+    Args:
+        trainer: The trainer.
+        rows: ``(n, ...)``.
+        nothing: What changes nothing in the reduction.
+
+    Returns:
+        ``(n * ranks of a tensor-parallel group, ...)``; without one, the rows themselves.
+    """
+    place, ranks = tensor_parallel(trainer)
+    whole = rows.new_full((ranks, *rows.shape), nothing)
+    whole[place] = rows
+    return whole.flatten(0, 1)
+
+
 def largest(trainer: Trainer, values: Tensor) -> Tensor:
     """Elementwise maximum over ranks."""
     if trainer.world_size > 1:

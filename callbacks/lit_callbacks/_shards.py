@@ -3,15 +3,12 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, distributed, nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._flat_param import FlatParameter
 from torch.distributed.fsdp._runtime_utils import _reshard
@@ -19,8 +16,6 @@ from torch.distributed.tensor import DTensor
 
 from lit_callbacks import _deepspeed
 from lit_callbacks.functional import tensor_norms
-
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -96,8 +91,10 @@ def whole_state(module: nn.Module) -> dict[str, Any]:
     """A copy in host memory; of a sharded module on the first rank alone. To be called on every rank."""
     if not is_sharded(module):
         return {name: value.detach().to("cpu", copy=True) for name, value in module.state_dict().items()}
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict  # takes a while
+
     settle(module)
-    return get_model_state_dict(module, options=_WHOLE)
+    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def set_whole_state(module: nn.Module, state: dict[str, Any]) -> None:
@@ -105,12 +102,16 @@ def set_whole_state(module: nn.Module, state: dict[str, Any]) -> None:
     if not is_sharded(module):
         module.load_state_dict(state)
         return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict  # takes a while
+
     settle(module)
-    set_model_state_dict(module, state, options=replace(_WHOLE, broadcast_from_rank0=True))
+    set_model_state_dict(module, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 
 def names_with_state(checkpoint: Path) -> set[str]:
     """The parameters that the optimizer had a state of when a checkpoint in parts was saved."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader  # takes a while to import
+
     saved = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     return {key.removeprefix("optimizer_0.state.").rpartition(".")[0] for key in saved if ".state." in key}
 
@@ -153,7 +154,7 @@ def _parts(tensor: Tensor) -> int:
     return math.prod(
         size
         for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True)
-        if placement.is_shard()
+        if not placement.is_replicate()  # FSDP2 over tensor parallelism has placements of its own
     )
 
 

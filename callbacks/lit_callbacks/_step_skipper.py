@@ -118,7 +118,7 @@ class StepSkipper(WindowActor):
             "grad_norm": reading.grad_norm,
             "parameter": min((found for *_, found in reports if found is not None), default=(0, None))[1],
             "first_bad_rank": first_bad_rank,
-            "sample_ids": [i for _, ids, _ in reports for i in ids] or None,
+            "sample_ids": list(dict.fromkeys(i for _, ids, _ in reports for i in ids)) or None,
         }
 
 

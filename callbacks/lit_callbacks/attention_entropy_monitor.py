@@ -16,7 +16,7 @@ from lit_callbacks._forward_observer import ForwardObserver
 from lit_callbacks._intercept import Call
 from lit_callbacks._listeners import tell_values
 from lit_callbacks._names import metric_key
-from lit_callbacks._ranks import Measurement
+from lit_callbacks._ranks import Measurement, side_by_side
 from lit_callbacks.functional import ENTROPY_BINS, AttentionStatistics, histogram_quantile
 
 COLLAPSED = 0.05
@@ -137,8 +137,8 @@ class AttentionEntropyMonitor(ForwardObserver):
         """Tables and largest logits of this rank."""
         self._warn_of_unseen()
         return Measurement(
-            {name: seen.table for name, seen in self._seen.items()},
-            {name: seen.largest for name, seen in self._seen.items()},
+            {name: side_by_side(trainer, seen.table) for name, seen in self._seen.items()},
+            {name: side_by_side(trainer, seen.largest, -torch.inf) for name, seen in self._seen.items()},
         )
 
     def summarise(self, total: Measurement) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from lit_callbacks._listeners import listen, stop_listening
 from lit_callbacks._member import Member
 from lit_callbacks._pictures import logger_kind, show_picture
 from lit_callbacks._redaction import redacted
+from lit_callbacks._step_skipper import DivergenceError
 from lit_callbacks._wandb_runs import Alerts, introduce, keep_checkpoints, log_events, wandb_runs
 from lit_callbacks.health import Diagnosis, diagnose
 
@@ -160,7 +161,7 @@ class Dashboard(Member):
         """Show everything there is: a run that failed is the one to look at."""
         super().on_exception(trainer, pl_module, exception)
         if isinstance(exception, Exception) and self._trainer is not None:
-            title = "Run stopped" if any(event.get("event") == "stop" for event in self._heard.events) else "Run failed"
+            title = "Run stopped" if isinstance(exception, DivergenceError) else "Run failed"
             text = f"step {trainer.global_step}: {type(exception).__name__}: {exception}"
             self._attempt(lambda: self._alerts.send(trainer, title, redacted(text)))
         self._conclude()

@@ -14,7 +14,7 @@ from lit_callbacks._events import EventLog, run_folder
 from lit_callbacks._forward_observer import ForwardObserver
 from lit_callbacks._intercept import Call
 from lit_callbacks._names import metric_key
-from lit_callbacks._ranks import Measurement
+from lit_callbacks._ranks import Measurement, side_by_side, tensor_parallel
 from lit_callbacks._units import WRITTEN_OUT, UnitFollower, Units
 from lit_callbacks.functional import silent_units
 
@@ -153,9 +153,16 @@ class DeadNeuronDetector(ForwardObserver):
                 "DeadNeuronDetector saw no hidden units in this model: no activation function that it knows was called "
                 "between linear layers; there is nothing it could log."
             )
-        tokens = {f"tokens {name}": self._activity[name].new_tensor([number]) for name, number in self._tokens.items()}
-        # The same on all ranks that have seen a layer. In a fit rank zero's are logged, once the window is full.
-        return Measurement({**self._activity, **tokens}, self._dead_rows if self._all_tokens else {})
+        sharing = tensor_parallel(trainer)[1]  # ranks that have seen the same tokens, each with other units
+        tokens = {
+            f"tokens {name}": self._activity[name].new_tensor([number / sharing])
+            for name, number in self._tokens.items()
+        }
+        units = {name: side_by_side(trainer, activity) for name, activity in self._activity.items()}
+        # Else the same on all ranks that have seen a layer. In a fit rank zero's are logged, once the window is full.
+        differ = self._all_tokens or sharing > 1
+        rows = {name: side_by_side(trainer, share, -torch.inf) for name, share in self._dead_rows.items() if differ}
+        return Measurement({**units, **tokens}, rows)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Remember which step the window ends with."""
@@ -191,7 +198,7 @@ class DeadNeuronDetector(ForwardObserver):
                     step=self._window_step, layer=name, tokens=int(window[f"tokens {name}"]), units=len(dormant),
                     dead=dead.nonzero().flatten().tolist(), dormant=self._dormant[name],
                 )  # fmt: skip
-        return values | {f"weight_dead_neurons/{metric_key(name)}": window[f"rows {name}"][0] for name in dead_rows}
+        return values | {f"weight_dead_neurons/{metric_key(name)}": window[f"rows {name}"].mean() for name in dead_rows}
 
     def state_dict(self) -> dict[str, Any]:
         """The window so far, and the last one's dormant units."""

@@ -11,7 +11,7 @@ from lit_callbacks._batch import samples_and_tokens
 from lit_callbacks._evaluation import EvaluationHooks
 from lit_callbacks._flops import ForwardFlops, compute_dtype, measured_gemm_rate, peak_flops
 from lit_callbacks._observer import Observer
-from lit_callbacks._ranks import Measurement
+from lit_callbacks._ranks import Measurement, tensor_parallel
 from lit_callbacks._stopwatch import Stopwatch
 
 
@@ -74,7 +74,7 @@ class ThroughputLogger(Observer, EvaluationHooks):
         self._available: dict[str, float] | None = None
         self._device, self._dtype = torch.device("cpu"), torch.float32
         self._samples = self._tokens = self._step = 0
-        self._ranks = 1
+        self._ranks = self._sharing = 1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock. The first report comes after a full period."""
@@ -83,10 +83,11 @@ class ThroughputLogger(Observer, EvaluationHooks):
         self._step, self._ranks = trainer.global_step, trainer.world_size
         self._device, self._dtype = trainer.strategy.root_device, compute_dtype(trainer)
         self._forward, self._counted, self._available = ForwardFlops(), (0, 0), None
-        self._begin()
+        self._begin(trainer)
 
-    def _begin(self) -> None:
+    def _begin(self, trainer: Trainer) -> None:
         self._watch = Stopwatch()
+        self._sharing = tensor_parallel(trainer)[1]
         self._samples = self._tokens = 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -134,7 +135,8 @@ class ThroughputLogger(Observer, EvaluationHooks):
         times = torch.tensor(watch.step_times)
         counted_samples, counted_tokens = self._counted
         batches = tokens / counted_tokens if counted_tokens else samples / max(counted_samples, 1)
-        sums = torch.tensor([float(samples), float(tokens), 3.0 * self._forward.total * batches])
+        seen = [number / self._sharing for number in (samples, tokens)]  # by each of those that share a batch
+        sums = torch.tensor([*seen, 3.0 * self._forward.total * batches])
         memory = torch.cuda.max_memory_allocated(self._device) / 2**30 if self._device.type == "cuda" else 0.0
         spread = torch.quantile(times, torch.tensor([0.5, 0.95]))
         maxima = torch.cat([torch.tensor([watch.seconds, watch.waited, float(len(times)), memory]), spread])
@@ -195,7 +197,7 @@ class ThroughputLogger(Observer, EvaluationHooks):
 
     def evaluation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
-        self._begin()
+        self._begin(trainer)
 
     def evaluation_batch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The batch has come."""
@@ -233,7 +235,7 @@ class ThroughputLogger(Observer, EvaluationHooks):
 
     def state_dict(self) -> dict[str, Any]:
         """Seconds and tokens so far."""
-        return {"seconds": self._seconds(), "tokens": self._tokens_before + self._tokens * self._ranks}
+        return {"seconds": self._seconds(), "tokens": self._tokens_before + self._tokens * self._ranks / self._sharing}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""

@@ -6,8 +6,7 @@ from typing import Any
 from lit_callbacks import workspace
 from lit_transformer.commands.parser import CommandParser
 from lit_transformer.errors import UsageError
-
-_NO_KEY = "W&B has no API key on this machine; run wandb login, or set WANDB_API_KEY"
+from lit_transformer.run.wandb_server import why_offline
 
 
 def main(words: list[str]) -> None:
@@ -30,13 +29,15 @@ def main(words: list[str]) -> None:
         raise UsageError("dashboard needs the W&B user or team that it is for: --entity NAME, or set WANDB_ENTITY")
     try:
         made: Any = workspace(options.entity, options.project, options.name)
+        reason = why_offline()
     except ModuleNotFoundError:
         raise UsageError(
             "wandb-workspaces is not installed; pip install wandb-workspaces, or 'lit-transformer[dashboard]'"
         ) from None
+    if reason is not None:
+        raise UsageError(f"a workspace is kept in W&B, which cannot be asked: {reason}")
     try:
         made.save()
     except Exception as error:  # of wandb, requests and GraphQL: each has its own
-        reason = _NO_KEY if "API key" in str(error) else f"W&B did not take the workspace: {error}"
-        raise UsageError(reason) from error
+        raise UsageError(f"W&B did not take the workspace: {error}") from error
     print(f"Workspace {options.name!r} with {len(made.sections)} sections: {made.url}")

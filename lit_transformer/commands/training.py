@@ -4,6 +4,7 @@ import logging
 import re
 import sys
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,6 +28,7 @@ from lit_transformer.commands.checkpoints import (
     read_checkpoint,
     resume_point,
 )
+from lit_transformer.deferred import deferred_weights
 from lit_transformer.errors import TrainingStopped, UsageError
 from lit_transformer.recipe import LitRecipe
 from lit_transformer.run.config_errors import explain
@@ -42,6 +44,8 @@ from lit_transformer.run.report import FitReport, metrics_table, resume_command
 from lit_transformer.run.resume import check_same_configuration
 from lit_transformer.run.saved_config import SavedConfig
 
+_DEFERRED = ("fsdp2", "tensor_parallel", "tensorparallel", "modelparallel")
+_SHARDED = (*_DEFERRED, "fsdp", "deepspeed")
 # A callback's top-level key: LossSpikeRecovery is loss_spike_recovery.
 _DEFAULT_CALLBACKS = {
     re.sub(r"(?<!^)(?=[A-Z])", "_", type(callback).__name__).lower(): type(callback)
@@ -92,6 +96,9 @@ class TrainingCLI(LightningCLI):
         """The configuration of this command."""
         settings: Namespace = self.config[self.subcommand]
         return settings
+
+    def _strategy_is(self, *names: str) -> bool:
+        return any(name in str(self.settings.trainer.strategy).lower() for name in names)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The keys beside trainer, model and data."""
@@ -153,10 +160,8 @@ class TrainingCLI(LightningCLI):
             run = RunFolder(self.root / settings.run)
             self.run = run if run.owns(settings.ckpt_path) else None
         if settings.ckpt_path is not None:
-            strategy = str(settings.trainer.strategy).lower()
-            sharded = any(name in strategy for name in ("fsdp", "modelparallel", "deepspeed"))
-            self.checkpoint = load_checkpoint(settings.ckpt_path, weights=not sharded)
-            if "deepspeed" in strategy:
+            self.checkpoint = load_checkpoint(settings.ckpt_path, weights=not self._strategy_is(*_SHARDED))
+            if self._strategy_is("deepspeed"):
                 self._check_for_deepspeed(settings.ckpt_path)
 
     def _check_for_deepspeed(self, path: str) -> None:
@@ -183,7 +188,8 @@ class TrainingCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; what a constructor refuses is the user's to fix."""
         try:
-            super().instantiate_classes()
+            with deferred_weights() if self._strategy_is(*_DEFERRED) else nullcontext():
+                super().instantiate_classes()
         except (ValueError, MisconfigurationException) as error:
             if self.run is not None:
                 self.run.remove_if_empty()

@@ -86,12 +86,12 @@ class SelfAttention(nn.Module):
         self, x_BTD: Tensor, mask: Mask = "causal", places: Places = 0, cache: KeyValueCache | None = None
     ) -> Tensor:
         """Attend to what ``mask`` lets each token see, those in ``cache`` included; ``x`` is at ``places``."""
-        b, t, d_model = x_BTD.shape
+        b, t, _ = x_BTD.shape
         q, k, v = self._project(x_BTD, places)
         if cache is not None:
             k, v = cache.append(k, v)
         y_BHTd = attend(q, k, v, mask, self.dropout if self.training else 0.0)
-        out: Tensor = self.out(y_BHTd.transpose(1, 2).reshape(b, t, d_model))
+        out: Tensor = self.out(y_BHTd.transpose(1, 2).reshape(b, t, -1))
         return out
 
     def _project(self, x_BTD: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +135,7 @@ class CrossAttention(nn.Module):
         self, x_BTD: Tensor, memory_BSD: Tensor, mask: Mask = None, cache: KeyValueCache | None = None
     ) -> Tensor:
         """Attend to the positions of ``memory`` that ``mask`` lets be seen."""
-        b, t, d_model = x_BTD.shape
+        b, t, _ = x_BTD.shape
         q = self.q(x_BTD).view(b, t, self.n_heads, self.head_dim).transpose(1, 2)
         if self.q_norm is not None:
             q = self.q_norm(q)
@@ -144,7 +144,7 @@ class CrossAttention(nn.Module):
         if cache is not None:
             cache.memory = k, v
         y_BHTd = attend(q, k, v, mask, self.dropout if self.training else 0.0)
-        out: Tensor = self.out(y_BHTd.transpose(1, 2).reshape(b, t, d_model))
+        out: Tensor = self.out(y_BHTd.transpose(1, 2).reshape(b, t, -1))
         return out
 
     def _keys_and_values(self, memory_BSD: Tensor) -> tuple[Tensor, Tensor]:

@@ -73,14 +73,24 @@ def _initialize_matrix(matrix: Tensor, part: str, config: TransformerConfig, std
         nn.init.normal_(matrix, std=std)
 
 
-def _matrices(role: str, weight: Tensor, config: TransformerConfig) -> list[tuple[str, Tensor]]:
-    """The matrices that are stacked in a weight, and what each is."""
+def stacked_matrices(config: TransformerConfig) -> dict[str, tuple[tuple[str, int], ...]]:
+    """By the name of a layer, the matrices that are stacked in its weight, with the rows of each.
+
+    Example:
+        >>> stacked_matrices(TransformerConfig(d_model=8, n_heads=4, n_kv_heads=2))["qkv"]
+        (('q', 8), ('k', 4), ('v', 4))
+    """
     keys = config.kv_heads * config.head_dim
-    stacked = {
+    return {
         "qkv": (("q", config.d_model), ("k", keys), ("v", keys)),
         "kv": (("k", keys), ("v", keys)),
         "gate_up": (("gate", config.ffn_width), ("up", config.ffn_width)),
     }
+
+
+def _matrices(role: str, weight: Tensor, config: TransformerConfig) -> list[tuple[str, Tensor]]:
+    """The matrices that are stacked in a weight, and what each is."""
+    stacked = stacked_matrices(config)
     if role not in stacked:
         return [(role or "head", weight)]
     parts = torch.split(weight, [size for _, size in stacked[role]])

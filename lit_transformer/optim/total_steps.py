@@ -4,6 +4,7 @@ import math
 
 from lightning.pytorch import Trainer
 
+from lit_transformer.batch_geometry import data_parallel_size
 from lit_transformer.errors import UsageError
 
 
@@ -37,7 +38,7 @@ def total_steps(trainer: Trainer) -> int:
 def _batches_per_epoch(trainer: Trainer) -> int | None:
     count = getattr(trainer.datamodule, "batches_per_epoch", None)  # type: ignore[attr-defined]
     if callable(count):
-        batches = int(count(trainer.world_size))
+        batches = int(count(data_parallel_size(trainer)))
     else:
         source = trainer.fit_loop._data_source
         loader = source.dataloader() if source.is_defined() else None

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from lit_transformer.batch_geometry import data_parallel_size
 from lit_transformer.errors import UsageError
 from lit_transformer.optim.total_steps import total_steps
 
@@ -107,5 +108,5 @@ class RunProgress(TQDMProgressBar):
                 state[name] = format(float(trainer.callback_metrics[key]), form)
         tokens = getattr(trainer.datamodule, "tokens_per_batch", None)  # type: ignore[attr-defined]
         if tokens is not None and elapsed > 0:
-            state["tokens/s"] = f"{self._batches * tokens * trainer.world_size / elapsed:,.0f}"
+            state["tokens/s"] = f"{self._batches * tokens * data_parallel_size(trainer) / elapsed:,.0f}"
         return state

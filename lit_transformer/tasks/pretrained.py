@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
+from lit_transformer.deferred import Draws
 from lit_transformer.distillation import Distillation
 from lit_transformer.errors import UsageError
 from lit_transformer.hugging_face import Lora, Task, build, keeps_apart, load, reinitialize, with_lora
@@ -165,7 +166,7 @@ class LitPretrained(LitTask):
     def configure_model(self) -> None:
         """Spread the model over devices, where the strategy leaves that to the module."""
         if self._trainer is not None:
-            spread(self.model, self.trainer.strategy, self._device_mesh)
+            spread(self.model, None, self.trainer.strategy, self._device_mesh, Draws())
 
     def setup(self, stage: str) -> None:
         """Check that the data fits the model."""

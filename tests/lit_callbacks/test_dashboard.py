@@ -9,7 +9,15 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from helpers import MemoryLogger, TinyLM, assert_identical, loader, snapshot
-from lit_callbacks import AttentionEntropyMonitor, Dashboard, DeadNeuronDetector, GradientNormLogger, LossSpikeRecovery
+from lit_callbacks import (
+    AttentionEntropyMonitor,
+    Dashboard,
+    DeadNeuronDetector,
+    GradientNormLogger,
+    LossSpikeRecovery,
+    NonFiniteError,
+    NonFiniteGuard,
+)
 from lit_callbacks._curve import Curve
 from lit_callbacks._heat_maps import draw, heat_maps
 from lit_callbacks._wandb_runs import Alerts, event_rows
@@ -91,6 +99,12 @@ def test_a_heat_map_of_a_long_run_has_at_most_128_columns():
     np.testing.assert_array_equal(shown.values[0], shown.columns)
 
 
+def test_few_dead_units_do_not_look_like_many_nor_like_none():
+    for share, highest in ((0.01, 0.1), (0.3, 0.3)):
+        (shown,) = heat_maps({"dead_neurons/mlp": curve({0: 0.0, 1: share})}, {})
+        assert shown.limits == (0.0, highest)
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, math.nan, math.inf])
 def test_any_values_can_be_drawn(value):
     for key in ("grad_norm/layer_0", "dead_neurons/mlp"):
@@ -146,6 +160,16 @@ def test_there_is_an_alert_of_a_rollback(make_trainer):
     assert "step 27: " in alert[1]
     assert logger.experiment.summary["health/rollbacks"] == 1
     assert logger.experiment.summary["health/steps_lost"] >= 1
+
+
+def test_a_run_that_is_stopped_says_so_in_an_alert_and_in_the_verdict(make_trainer):
+    logger, faults = FakeWandb(), dict.fromkeys(range(20, 64), "nan")
+    trainer = make_trainer(max_steps=16, logger=logger, callbacks=[NonFiniteGuard(patience=2), Dashboard()])
+    with pytest.raises(NonFiniteError):
+        trainer.fit(TinyLM(), loader(faults=faults))
+    assert [title for title, _ in logger.experiment.alerts] == ["Loss spike: steps are skipped", "Run stopped"]
+    assert "Stopped at step 6 after 2 skipped steps in a row" in logger.experiment.alerts[1][1]
+    assert logger.experiment.summary["health/first_warning_step"] == 5
 
 
 def test_a_run_that_fails_raises_an_alert_and_shows_what_there_is(make_trainer):

@@ -131,6 +131,16 @@ def test_of_a_loss_that_is_not_finite_the_autopsy_alone_names_the_place():
     assert diagnose({"train/loss": falling()}, [bad, alarm, autopsy]).culprit == "blocks.1"
 
 
+def test_gradients_that_are_not_finite_name_a_layer_unless_all_are():
+    loss = [*falling(), *((200 + i, math.nan) for i in range(3))]
+    one = {f"grad_norm/layer_{i}": [(195, 1.0), (200, math.nan if i == 1 else 1.0)] for i in range(3)}
+    every = {f"grad_norm/layer_{i}": [(195, 1.0), (200, math.nan)] for i in range(3)}
+    assert diagnose({"train/loss": loss, **one}, []).culprit == "layer_1"
+    assert diagnose({"train/loss": loss, **every}, []).culprit == ""
+    autopsy = {"step": 200, "event": "autopsy", "phase": "forward", "where": "blocks.2", "text": "made by blocks.2"}
+    assert diagnose({"train/loss": loss, **one}, [autopsy]).culprit == "blocks.2"
+
+
 def test_not_learning():
     flat = [(step, 3.0 + 0.01 * (step % 7)) for step in range(200)]
     assert diagnose({"train/loss": flat}, []).verdict == "not learning"

@@ -20,7 +20,7 @@ from lit_callbacks import (
     recommended,
 )
 from lit_callbacks._observer import Observer
-from lit_callbacks._ranks import Measurement
+from lit_callbacks._ranks import Measurement, side_by_side, tensor_parallel
 
 
 class Failing(Observer):
@@ -137,3 +137,13 @@ def test_what_a_callback_does_not_serve_is_refused_in_one_sentence(name, callbac
     trainer = types.SimpleNamespace(strategy=object.__new__(type(name, bases, {})), callbacks=[])
     with pytest.raises(ValueError, match=f"but not yet {name}. Use another strategy, or leave the callback out."):
         callback.setup(trainer, TinyLM(), "fit")
+
+
+def test_heads_and_units_of_a_tensor_parallel_group_stand_side_by_side():
+    fourth = types.SimpleNamespace(
+        world_size=4, global_rank=3, distributed_sampler_kwargs={"num_replicas": 2, "rank": 1}
+    )
+    assert tensor_parallel(fourth) == (1, 2)
+    assert side_by_side(fourth, torch.tensor([[1.0, 2.0]]), -1.0).tolist() == [[-1.0, -1.0], [1.0, 2.0]]
+    alone = types.SimpleNamespace(world_size=1, global_rank=0, distributed_sampler_kwargs=None)
+    assert side_by_side(alone, torch.tensor([3.0, 4.0])).tolist() == [3.0, 4.0]

@@ -164,6 +164,29 @@ def test_bf16_parameters_with_a_long_second_moment(tmp_path):
     assert found(tmp_path, Model(), precision="bf16-true") == {"adam-precision"}
 
 
+@pytest.mark.parametrize(("rate", "expected"), [(2e-5, {"adam-precision"}), (1e-3, set())])
+def test_bf16_parameters_that_are_too_large_to_move(tmp_path, rate, expected):
+    def slowly(self):
+        return with_warmup(torch.optim.AdamW(self.groups(), lr=rate, betas=(0.9, 0.95)))
+
+    module = optimized(slowly)()
+    nn.init.normal_(module.embed.weight, std=0.02)
+    assert found(tmp_path, module, precision="bf16-true") == expected
+
+
+def test_what_the_rule_says_of_bf16_is_so():
+    """Of weights from 0.001 to 1, an update of 2e-5 moves those below 512 times that, and no other."""
+    weights = nn.Parameter(torch.logspace(-3, 0, 2000, dtype=torch.bfloat16).view(1, -1))
+    before = weights.detach().clone()
+    optimizer = torch.optim.SGD([weights], lr=2e-5)
+    weights.grad = torch.ones_like(weights)
+    optimizer.step()
+    stay = optimization_rules._share_that_stays([before], 2e-5)
+    assert 0.6 < stay < 0.7
+    assert torch.equal(weights[before > 512 * 2e-5], before[before > 512 * 2e-5])
+    assert (weights[before < 256 * 2e-5] != before[before < 256 * 2e-5]).all()
+
+
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_nothing_trainable(tmp_path):
     class Frozen(Model):

@@ -6,6 +6,7 @@ import math
 import random
 import re
 import time
+from pathlib import Path
 
 import lightning.pytorch
 import pytest
@@ -171,7 +172,8 @@ def test_secrets_stay_out(diverged, monkeypatch):
     settings = {"logger": {"api_key": "sk-secret-1"}, "note": "key is 0123456789abcdef", "url": "s3://u:pw123@host/x"}
     settings |= {"tokenizer": {"pad_token": "<pad>"}, "hf_token": "hf_secret_2", "token_dropout": 0.3}
     (diverged / "config.yaml").write_text(yaml.safe_dump(settings))
-    write_events(diverged, [{"step": 1, "event": "save_failed", "error": "0123456789abcdef is no key"}])
+    bad = {"step": 1, "event": "alarm", "alarm": "new", "where": ["0123456789abcdef"]}
+    write_events(diverged, [bad, {"step": 1, "event": "save_failed", "error": "0123456789abcdef is no key"}])
     run = read_run(diverged)
     for text in (page([run]), as_json([run])):
         assert not [secret for secret in ("0123456789abcdef", "sk-secret-1", "pw123", "hf_secret_2") if secret in text]
@@ -207,6 +209,15 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     assert [read_run(tmp_path / parent / "version_0").name for parent in "ab"] == ["a/version_0", "b/version_0"]
     text = page([read_run(tmp_path / parent / "c") for parent in "ab"])
     assert f"{tmp_path / 'a' / 'c'}: train/loss" in text
+
+
+def test_a_rate_that_recovery_lowered_is_not_the_planned_one(tmp_path):
+    rates = {"lr-AdamW": [(step, 1e-3) for step in range(50)], "loss_spike/lr_factor": [(0, 1.0), (30, 0.5)]}
+    write_metrics(tmp_path / "run", {"train/loss": losses(50), **rates})
+    texts = re.findall(r'<script type="application/json">(.*?)</script>', page([read_run(tmp_path / "run")]))
+    lines = {line["name"]: line["y"] for text in texts for line in json.loads(text) if "name" in line}
+    assert lines["lr-AdamW, actual"] == [1e-3] * 30 + [5e-4] * 20
+    assert lines["planned"] == [1e-3] * 50
 
 
 @pytest.mark.parametrize("n", [0, 1, 1000])
@@ -341,6 +352,71 @@ def test_the_command_writes_page_picture_and_facts(diverged, tmp_path, capsys):
     assert main([str(diverged), "--to", str(tmp_path / "r.gif")]) == 2
     (tmp_path / "file").touch()
     assert main([str(diverged), "--to", str(tmp_path / "file" / "r.html")]) == 2
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_whatever_is_in_the_files_there_is_a_page(tmp_path, seed):
+    draw = random.Random(seed)
+    junk = [None, 1, -5, 2.5, math.nan, math.inf, "x", [], [1, None], {}, {"a": 1}, True, 10**30, -1e300, "nan"]
+    kinds = [
+        "skip",
+        "rollback",
+        "accept",
+        "stop",
+        "alarm",
+        "autopsy",
+        "recipe",
+        "jump",
+        "shutdown",
+        "hang",
+        None,
+        3,
+        "",
+    ]
+    fields = [
+        "rule",
+        "loss",
+        "grad_norm",
+        "where",
+        "parameter",
+        "to_step",
+        "in_a_row",
+        "sample_ids",
+        "passed_over",
+        "alarm",
+    ]
+    keys = ["train/loss", "lr/a", "grad_norm/layer_0", "attention_entropy/a", "attention_entropy/a_head_0", "epoch"]
+    keys += [
+        "attention_logit_max/a",
+        "residual/kurtosis_a",
+        "dead_neurons/a",
+        "loss_spike/lr_factor",
+        "grad_norm/total",
+    ]
+    steps, values = [0, 1, 5, 900, -3, 10**12], ["nan", "inf", "1e300", "0", "-1e-300", "5", "0.1"]
+    series = {key: [(draw.choice(steps), draw.choice(values)) for _ in range(draw.choice([0, 1, 60]))] for key in keys}
+    write_metrics(tmp_path, series)
+    events = [
+        {"step": draw.choice(steps), "event": draw.choice(kinds), **{name: draw.choice(junk) for name in fields}}
+        for _ in range(30)
+    ]
+    write_events(tmp_path, events)
+    run = read_run(tmp_path)
+    text = page([run])
+    places = re.findall(r' (?:d|x|y|cx|cy|x1|x2|y1|y2|transform)="([^"]*)"', text)
+    assert not [place for place in places if "nan" in place or "inf" in place]
+    for data in re.findall(r'<script type="application/json">(.*?)</script>', text):
+        json.loads(data, parse_constant=pytest.fail)
+    json.loads(as_json([run]), parse_constant=pytest.fail)
+
+
+def test_the_gallery_shows_what_its_script_makes():
+    root = Path(__file__).parents[2]
+    names = re.findall(r'^    "(\w+)": \(', (root / "benchmarks" / "gallery.py").read_text(), re.MULTILINE)
+    pictures = sorted((root / "docs" / "gallery").glob("*.png"))
+    assert sorted(names) == [picture.stem for picture in pictures]
+    assert re.findall(r"\(gallery/(\w+)\.png\)", (root / "docs" / "gallery.md").read_text()) == names
+    assert all(picture.stat().st_size <= 150_000 for picture in pictures)
 
 
 def test_not_finite_values_are_crosses_and_their_own_cells(tmp_path):

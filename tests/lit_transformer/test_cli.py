@@ -518,6 +518,7 @@ def test_a_run_that_recovery_stops_says_so_and_exits_with_3(cli):
     budget = ["--loss_spike_recovery.max_rollbacks", 2]
     outcome = cli("fit", "--config", "config.yaml", "--run", "a", *injector, *budget)
     assert outcome.code == 3
+    assert re.search(r"^verdict   Stopped at step \d+", outcome.out, re.MULTILINE)
     assert re.search(r"Stopped at step \d+: not finite.*runs/a/last_good.ckpt", outcome.error)
     assert all(value.isfinite().all() for value in weights("runs/a/last_good.ckpt").values())
     events = [json.loads(line) for line in Path("runs/a/events.jsonl").read_text().splitlines()]

@@ -71,3 +71,19 @@ def test_the_plan_is_the_schedule_of_the_configuration(tmp_path):
     assert points[99] == pytest.approx(2e-3)
     assert points[9_999] == pytest.approx(2e-4, rel=1e-3)
     assert len(points) <= 503
+
+
+@pytest.mark.parametrize(
+    "schedule", ["os.system", "lit_transformer.LitCausalLM", "lit_transformer.WarmupCosine", None, 3]
+)
+def test_a_configuration_from_elsewhere_is_not_run(call, schedule):
+    folder = Path("runs/foreign")
+    folder.mkdir(parents=True)
+    (folder / "metrics.csv").write_text("step,key,value\n1,train/loss,2.0\n")
+    spec = {"class_path": schedule, "init_args": {"command": "touch ran"}}
+    arguments = {"schedule": spec, "optimizer": {"init_args": {"lr": 0.1}}}
+    config = {"model": {"init_args": arguments}, "trainer": {"max_steps": 10}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert call("report", "foreign")[0] == 0
+    assert not Path("ran").exists()
+    assert '"planned"' not in (folder / "report.html").read_text()

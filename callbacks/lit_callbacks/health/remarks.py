@@ -59,7 +59,8 @@ def explain(event: Mapping[str, Any], series: Series | None = None, where: str =
         parameter = "" if event.get("rule") == "non_finite_loss" else str(event.get("parameter") or "")
         return Remark(step, kind, seen, done, cost, parameter or where)
     if kind == "alarm":
-        names = [str(name) for name in event.get("where") or ()]
+        found = event.get("where")
+        names = [str(name) for name in found] if isinstance(found, list) else []
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         place = f"{names[0]}{more}" if names else ""
         return Remark(step, kind, alarm_text(str(event.get("alarm"))), "nothing was changed", "", place)
@@ -77,8 +78,8 @@ def _seen(event: Mapping[str, Any], series: Series) -> str:
     keys = (("loss", "loss", loss_key(series)), ("grad_norm", "gradient norm", "grad_norm/total"))
     for field, name, key in keys:
         value, points = event.get(field), series.get(key or "", ())
-        before = points[: bisect_left(points, _step(event), key=lambda point: point[0])][-40:]
-        normal = usual([past for _, past in before])
+        now = bisect_left(points, _step(event), key=lambda point: point[0])
+        normal = usual([past for _, past in points[max(0, now - 40) : now]])
         if isinstance(value, int | float) and math.isfinite(value) and normal > 0 and value > 1.05 * normal:
             ratios.append(f"the {name} was {value / normal:.3g} times its usual value")
     if rule in _RULES and "finite" in rule:

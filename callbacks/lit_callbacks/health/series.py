@@ -65,14 +65,16 @@ def course(points: Points) -> Course:
     deviation = float(np.median(np.abs(around - np.median(around)))) if len(around) else 0.0
     noise = 1.25 * _SIGMA * deviation / np.sqrt(width)
     limit = float(levels[lowest]) + max(0.05 * abs(float(levels[lowest])), 8 * noise)
-    ends_badly = width >= 2 and levels[-1] > limit
     rises_from = None
-    if ends_badly or not np.isfinite(values[-1]):
-        # From the last value that was as low as before; a lone one among high values does not count.
-        calm = np.flatnonzero(levels <= limit) if ends_badly else np.flatnonzero(np.isfinite(values)) - width + 1
+    if width >= 2 and levels[-1] > limit:
+        calm = np.flatnonzero(levels <= limit)
         begin = int(calm[-1]) + 1 if len(calm) else 0
-        high = np.flatnonzero(values[begin:] > limit) if ends_badly else np.array([width - 1])
-        rises_from = int(steps[min(begin + int(high[0]), len(steps) - 1)])
+        # More than half of the values from here are high; it rises behind the last that is not.
+        low = np.flatnonzero(values[begin : begin + width] <= limit)
+        rises_from = int(steps[begin + int(low[-1]) + 1 if len(low) else begin])
+    elif not np.isfinite(values[-1]):
+        finite = np.flatnonzero(np.isfinite(values))
+        rises_from = int(steps[int(finite[-1]) + 1 if len(finite) else 0])
     return Course(float(levels[0]), float(levels[lowest]), float(levels[-1]), float(noise), rises_from)
 
 

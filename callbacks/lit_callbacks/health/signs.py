@@ -37,6 +37,10 @@ _ALARMS = {
 }
 
 
+_NOT_FINITE, _ALARM, _PARAMETER, _AUTOPSY = 1e40, 1e41, 1e42, 1e43
+"""Strengths, by how well they know the place; all are above those of finite values, which are ratios."""
+
+
 class Sign(NamedTuple):
     """Something out of line."""
 
@@ -52,7 +56,7 @@ class Sign(NamedTuple):
 def first_signs(series: Series, events: Sequence[Mapping[str, Any]], begin: int, end: int) -> list[Sign]:
     """All signs from step ``begin`` to ``end``, at most one of a series, the earliest and strongest first."""
     near = {key: _between(points, begin, end) for key, points in series.items() if _is_watched(key)}
-    found = [*_of_events(events), *_of_series(near, begin)]
+    found = [*_of_events(events), *_telling(list(_of_series(near, begin)), near)]
     return sorted((sign for sign in found if begin <= sign.step <= end), key=order)
 
 
@@ -78,25 +82,43 @@ def _of_events(events: Sequence[Mapping[str, Any]]) -> Iterator[Sign]:
         step, kind, where = event.get("step"), event.get("event"), event.get("where")
         if not isinstance(step, int) or (step in bad_losses and kind != "autopsy"):
             continue
-        if kind == "alarm" and where:
+        if kind == "alarm" and isinstance(where, list) and where:
             alarm = str(event.get("alarm"))
             sort = "not_finite" if "finite" in alarm else "gradient" if "gradient" in alarm else "attention"
-            yield Sign(step, sort, str(where[0]), 1e6, alarm_text(alarm))
+            yield Sign(step, sort, str(where[0]), _ALARM, alarm_text(alarm))
         elif kind == "autopsy" and where:
-            yield Sign(step, "not_finite", str(where), 3e6, "the first value that was not finite was made")
+            yield Sign(step, "not_finite", str(where), _AUTOPSY, "the first value that was not finite was made")
         elif kind in ("skip", "rollback", "stop") and event.get("parameter"):
-            yield Sign(step, "not_finite", str(event["parameter"]), 2e6, "the gradient was not finite")
+            yield Sign(step, "not_finite", str(event["parameter"]), _PARAMETER, "the gradient was not finite")
+
+
+def is_layer(name: str) -> bool:
+    """Whether the end of a key names a layer, and not a total or a kind of weights of all layers.
+
+    Example:
+        >>> is_layer("layer_3"), is_layer("attention_in"), is_layer("total")
+        (True, False, False)
+    """
+    return name not in _NOT_LAYERS
 
 
 def _is_watched(key: str) -> bool:
     section, _, name = key.partition("/")
-    return name not in _NOT_LAYERS and (section in _SECTIONS or key.startswith(tuple(_POSITIVE)))
+    return is_layer(name) and (section in _SECTIONS or key.startswith(tuple(_POSITIVE)))
 
 
 def _between(points: Points, begin: int, end: int) -> Points:
     """Those from ``begin`` to ``end``, and what is needed to judge the first of them."""
     first = bisect_left(points, begin, key=lambda point: point[0])
     return points[max(0, first - _WINDOW) : bisect_right(points, end, key=lambda point: point[0])]
+
+
+def _telling(signs: list[Sign], near: Series) -> list[Sign]:
+    """Without gradients that are not finite in every layer: which of them comes first says nothing."""
+    layers = sum(key.startswith("grad_norm/") for key in near)
+    text = f"{_POSITIVE['grad_norm/']} was not finite"
+    lost = [sign.step for sign in signs if sign.text == text]
+    return [sign for sign in signs if sign.text != text or layers < 2 or lost.count(sign.step) < layers]
 
 
 def _of_series(series: Series, begin: int) -> Iterator[Sign]:
@@ -126,7 +148,7 @@ def _too_large(key: str, prefix: str, points: Points, begin: int) -> Sign | None
         value = raw + shift
         if not math.isfinite(value):
             if step >= begin:
-                return Sign(step, "not_finite", where, math.inf, f"{_POSITIVE[prefix]} was not finite")
+                return Sign(step, "not_finite", where, _NOT_FINITE, f"{_POSITIVE[prefix]} was not finite")
             continue
         log = math.log(max(value, 1e-30))
         if step >= begin and len(past) >= _FEWEST:
@@ -134,7 +156,7 @@ def _too_large(key: str, prefix: str, points: Points, begin: int) -> Sign | None
             spread = 1.4826 * float(np.median(np.abs(np.array(past) - middle)))
             limit = _K * max(spread, _FLOOR) if len(past) >= _ENOUGH else math.log(_RATIO)
             if log - middle > limit:
-                times = math.exp(log - middle)
+                times = math.exp(min(log - middle, 700.0))
                 return Sign(step, kind, where, times, f"{_POSITIVE[prefix]} was {times:.3g} times its usual value")
         past = [*past, log][-_WINDOW:]
     return None

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from lit_callbacks._ranks import tensor_parallel
+from lit_callbacks._shards import local
 from lit_callbacks.recipe.finding import rule
 from lit_callbacks.recipe.plan import Plan
 
@@ -13,6 +15,7 @@ Found = Iterator[tuple[str, str]]
 
 _ADAMS = (torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam)
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+_MANY = 0.1  # of a group of matrices; norms begin at 1, where this is so at any usual rate
 _LOWER, _UPPER = 300.0, 15.0  # how far from the usual rate is unusual; fine-tuning is far below it
 
 
@@ -120,9 +123,9 @@ def coupled_decay(plan: Plan) -> Found:
 
 @rule("adam-precision", "warning")
 def adam_precision(plan: Plan) -> Found:
-    """Second moments that the parameters' precision cannot hold."""
-    for optimizer in plan.optimizers:
-        for group in optimizer.param_groups if isinstance(optimizer, _ADAMS) else ():
+    """Second moments, or updates, that the parameters' precision cannot hold."""
+    for i, optimizer in enumerate(plan.optimizers):
+        for j, group in enumerate(optimizer.param_groups if isinstance(optimizer, _ADAMS) else ()):
             dtypes = {p.dtype for p in group["params"]}
             beta2, eps = float(group["betas"][1]), float(group["eps"])
             if torch.float16 in dtypes and eps < torch.finfo(torch.float16).smallest_normal / 1024:
@@ -138,6 +141,25 @@ def adam_precision(plan: Plan) -> Found:
                     "Keep the parameters in fp32 (precision bf16-mixed), or beta2 at 0.99 or below.",
                 )
                 return
+            if torch.bfloat16 not in dtypes:
+                continue
+            peak = plan.peaks()[i][j]
+            if (share := _share_that_stays(group["params"], peak)) > _MANY:
+                yield (
+                    f"With parameters in bf16, {share:.0%} of group {group.get('name', j)} are so large that updates "
+                    f"of the learning rate, {peak:.2g}, are rounded away.",
+                    "Keep the parameters in fp32 (precision bf16-mixed).",
+                )
+                return
+
+
+def _share_that_stays(parameters: list[torch.Tensor], rate: float) -> float:
+    """Of what is in bf16: numbers that Adam's updates, about as large as the rate, leave as they are."""
+    tensors = [local(p.detach()) for p in parameters if p.dtype == torch.bfloat16 and p.ndim > 1]
+    # The next number is at least 1/256 of it away, and an update of less than half of that is no update.
+    limit = rate / (torch.finfo(torch.bfloat16).eps / 4)
+    stay = sum(int((tensor.abs() > limit).sum()) for tensor in tensors)
+    return stay / max(1, sum(tensor.numel() for tensor in tensors))
 
 
 @rule("fp16-without-scaler", "error")
@@ -168,7 +190,8 @@ def lr_range(plan: Plan) -> Found:
 @rule("effective-batch", "note")
 def effective_batch(plan: Plan) -> Found:
     """The batch that a step sees grows with the devices."""
-    if plan.trainer.world_size > 1 and not getattr(plan.module, "target_batch_tokens", None):
+    parts = plan.trainer.world_size // tensor_parallel(plan.trainer)[1]
+    if parts > 1 and not getattr(plan.module, "target_batch_tokens", None):
         accumulated = plan.trainer.accumulate_grad_batches
-        text = f"A step sees {plan.trainer.world_size} x {accumulated} batches of the loader's size."
+        text = f"A step sees {parts} x {accumulated} batches of the loader's size."
         yield text, "Adapt learning rate or batch size to it when the number of devices changes."

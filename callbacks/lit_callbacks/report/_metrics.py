@@ -1,6 +1,7 @@
 """The numbers of a run, from whatever file its logger wrote."""
 
 import csv
+import math
 from collections.abc import Iterable, Iterator
 from itertools import chain, pairwise
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 Numbers = dict[str, list[tuple[int, float]]]
 
 _LONG = ["step", "key", "value"]
+LARGEST = 3.5e38
+"""As far as fp32 goes; what is beyond counts as infinite."""
 
 
 def read_csv(path: Path) -> tuple[Numbers, int]:
@@ -43,7 +46,7 @@ def _read_long(rows: Iterable[list[str]]) -> tuple[Numbers, int]:
     for row in rows:
         try:
             step, key, value = row
-            point = (int(step), float(value))
+            point = (int(step), number(value))
         except ValueError:
             bad += row != _LONG
             continue
@@ -61,13 +64,24 @@ def _read_wide(header: list[str], rows: Iterable[list[str]]) -> tuple[Numbers, i
         try:
             named = dict(zip(header, row, strict=True))
             step = int(float(named.pop("step")))
-            numbers = {key: float(value) for key, value in named.items() if value}
+            numbers = {key: number(value) for key, value in named.items() if value}
         except ValueError:
             bad += 1
             continue
-        for key, number in numbers.items():
-            series[key].append((step, number))
+        for key, value in numbers.items():
+            series[key].append((step, value))
     return {key: in_order(points) for key, points in series.items() if points}, bad
+
+
+def number(text: str | float) -> float:
+    """A number as fp32 has it.
+
+    Example:
+        >>> number("1.5"), number("-1e300")
+        (1.5, -inf)
+    """
+    value = float(text)
+    return value if -LARGEST <= value <= LARGEST or math.isnan(value) else math.copysign(math.inf, value)
 
 
 def in_order(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -102,10 +116,10 @@ def read_tensorboard(files: Iterable[Path]) -> Numbers:
 
 def _scalar(value: Any) -> float | None:
     if value.HasField("simple_value"):
-        return float(value.simple_value)
+        return number(value.simple_value)
     if value.HasField("tensor") and not value.tensor.tensor_shape.dim:
         numbers = [*value.tensor.float_val, *value.tensor.double_val]
-        return float(numbers[0]) if numbers else None
+        return number(numbers[0]) if numbers else None
     return None
 
 

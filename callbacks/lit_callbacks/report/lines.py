@@ -38,18 +38,18 @@ class Line(NamedTuple):
     @property
     def kind(self) -> str:
         """Its class."""
-        return f"s{self.style % 6}{' quiet' if self.quiet else ''}"
+        return f"s{self.style % 6} d{(self.style + self.style // 6) % 6}{' quiet' if self.quiet else ''}"
 
 
 class Mark(NamedTuple):
-    """An event below the axis, in a row; ``link`` is the id of what tells more, ``value`` the loss it had."""
+    """An event below the axis, in a row; ``link`` is the id of what tells more, ``value`` its loss, where known."""
 
     step: int
     kind: str
     text: str
     link: str
     row: int = 0
-    value: object = None
+    value: float | None = None
 
 
 def line_chart(
@@ -72,7 +72,7 @@ def line_chart(
     """
     shown = [(line, envelope(line.points, BUCKETS, reach)) for line in lines if len(line.points)]
     values = [value for _, found in shown for value in (*found.low, *found.high)]
-    values += [mark.value for mark in marks if isinstance(mark.value, float)]
+    values += [mark.value for mark in marks if mark.value is not None]
     axis_at = _BOTTOM + _MARK_ROW * (1 + max((mark.row for mark in marks), default=-1))
     x = Axis(reach[0], max(reach[1], reach[0] + 1), LEFT, WIDTH - RIGHT)
     y = number_axis(values, _BOTTOM, _TOP, log)
@@ -138,7 +138,7 @@ def _marks(marks: Sequence[Mark], x: Axis, y: Axis) -> list[Markup]:
             data_step=first.step, data_kind=kind, data_count=len(same), transform=place,
         )  # fmt: skip
         drawn.append(element("a", shape, href=f"#{first.link}"))
-        if known := [mark.value for mark in same if isinstance(mark.value, float)]:
+        if known := [mark.value for mark in same if mark.value is not None]:
             drawn.append(
                 Markup(f'<circle class="ring" cx="{x.place(first.step):.1f}" cy="{y.place(max(known)):.1f}" r="4"/>')
             )

@@ -3,10 +3,11 @@
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lit_callbacks.health import Points, Remark, explain, loss_key
-from lit_callbacks.health.signs import first_signs
+from lit_callbacks.health.signs import first_signs, is_layer
+from lit_callbacks.report._metrics import LARGEST
 from lit_callbacks.report.downsample import Grid, grid
 from lit_callbacks.report.heat import BUCKETS, Scale, heat_map
 from lit_callbacks.report.lines import Line, Mark, line_chart
@@ -17,11 +18,7 @@ Panel = tuple[str, str, str]
 """A title, who logs what is in it, and the figure; empty where that was not logged."""
 
 _EXPLAINED = 100  # events whose layers are looked for
-_KINDS = re.compile(
-    r"^(attention|feed_forward)_(in|out)$|^(norm|embedding|head|other|total|clipped|rms|nonfinite|min)$"
-)
 _RATE = re.compile(r"^(lr|learning_rate)($|[/-])")
-_ALSO_NOT = {"exploding", "vanishing", "threshold", "clip_coefficient", "window_tokens"}
 
 
 class HeatPanel(NamedTuple):
@@ -48,7 +45,7 @@ HEAT_PANELS = (
 
 _LINES: tuple[tuple[str, str, tuple[str, ...], bool | None], ...] = (
     ("Gradient norm, before and after clipping", "GradientNormLogger", ("grad_norm/total", "grad_norm/clipped"), None),
-    ("Learning rate, planned and actual", "LearningRateMonitor", (), False),
+    ("Learning rate, actual and planned", "LearningRateMonitor", (), False),
     ("Throughput: tokens a second", "ThroughputLogger", ("throughput/tokens_per_second",), False),
     ("Place in the data: tokens seen", "ThroughputLogger", ("throughput/total_tokens",), False),
     ("Steps skipped and undone", "LossSpikeRecovery", ("loss_spike/skipped_steps", "loss_spike/steps_lost"), False),
@@ -78,7 +75,7 @@ def loss_panel(runs: Sequence[Run], told: Sequence[Sequence[Remark]], reach: tup
         lines += [Line(_called(run, runs, name), run.series[name], 2 * i + j) for j, name in enumerate(keys)]
         whose = "" if len(runs) == 1 else f"{run.name}, "
         marks += [
-            Mark(remark.step, remark.kind, f"{whose}{remark}", f"event-{i}-{j}", i, event.get("loss"))
+            Mark(remark.step, remark.kind, f"{whose}{remark}", f"event-{i}-{j}", i, loss_of(event))
             for j, (remark, event) in enumerate(zip(remarks_of_run, run.events, strict=True))
         ]
         first = run.diagnosis().first_warning_step
@@ -139,8 +136,7 @@ def layers(series: Mapping[str, Points], section: str) -> dict[str, Points]:
         ['layer_9', 'layer_10']
     """
     found = {key.removeprefix(section): points for key, points in series.items() if key.startswith(section)}
-    found = {name: points for name, points in found.items() if name not in _ALSO_NOT and not _KINDS.match(name)}
-    return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
+    return dict(sorted(((n, p) for n, p in found.items() if is_layer(n)), key=lambda item: _natural(item[0])))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -155,6 +151,12 @@ def _heads(series: Mapping[str, Points]) -> dict[str, list[float]]:
         if is_head and len(points):
             table.setdefault(layer, []).append(points[-1][1])
     return table
+
+
+def loss_of(event: Mapping[str, Any]) -> float | None:
+    """The loss of the step that an event is about, if it has one that can be drawn."""
+    value = event.get("loss")
+    return value if isinstance(value, float) and abs(value) <= LARGEST else None
 
 
 def _of_all(runs: Sequence[Run], keys: Sequence[str]) -> list[Line]:
@@ -175,8 +177,9 @@ def _rates(runs: Sequence[Run]) -> list[Line]:
             key = max(rates, key=lambda name: max(value for _, value in rates[name]))
             actual = _lowered(rates[key], run.series.get("loss_spike/lr_factor", ()))
             lines.append(Line(_called(run, runs, f"{key}, actual"), actual, 2 * i))
-        if len(run.planned):
-            lines.append(Line(_called(run, runs, "planned"), run.planned, 2 * i + 1, quiet=True))
+            # What schedules log is what they planned; recovery may have lowered it.
+            planned = run.planned or (rates[key] if actual != rates[key] else ())
+            lines.append(Line(_called(run, runs, "planned"), planned, 2 * i + 1, quiet=True))
     return lines
 
 

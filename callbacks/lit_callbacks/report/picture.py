@@ -10,7 +10,7 @@ import numpy as np
 from lit_callbacks.health import loss_key
 from lit_callbacks.report.downsample import envelope
 from lit_callbacks.report.heat import short_names
-from lit_callbacks.report.panels import HEAT_PANELS, layer_grid, scale_of
+from lit_callbacks.report.panels import HEAT_PANELS, layer_grid, loss_of, scale_of
 from lit_callbacks.report.run import Run
 from lit_callbacks.report.svg import is_wide
 
@@ -43,7 +43,7 @@ def draw(runs: Sequence[Run], path: Path, dpi: int = 90) -> None:
     reach = (0, max(1, *(run.last_step for run in runs)))
     for i, run in enumerate(runs):
         _draw_loss(axes[0], run, i, len(runs) > 1)
-    axes[0].set(xlim=reach, title="Loss, and what happened", xlabel="optimizer steps")
+    axes[0].set(xlim=reach, title="Loss, and what happened over optimizer steps")
     axes[0].legend(fontsize=7, frameon=False, ncols=4, loc="upper right")
     for axis, (panel, found) in zip(axes[1:], maps, strict=True):
         cells = np.ma.masked_invalid(np.array(found.cells))
@@ -70,11 +70,13 @@ def _draw_loss(axis: Any, run: Run, i: int, named: bool) -> None:
     found = envelope(run.series[key], 600)
     colour, dash = _COLOURS[i % 4], _DASHES[i % 4]
     axis.fill_between(found.steps, found.low, found.high, color=colour, alpha=0.25, linewidth=0)
-    axis.plot(
-        found.steps, found.middle, dash, color=colour, linewidth=1.2, label=f"{run.name}: {key}" if named else key
-    )
+    name = f"{run.name}: {key}" if named else key
+    axis.plot(found.steps, found.middle, dash, color=colour, linewidth=1.2, label=name)
     if found.low and min(found.low) > 0 and is_wide([*found.low, *found.high]):
         axis.set_yscale("log")
+    if bad := [event for event in run.events if loss_of(event) is not None]:
+        steps, losses = [event["step"] for event in bad], [loss_of(event) for event in bad]
+        axis.plot(steps, losses, "o", color="black", fillstyle="none", markersize=4, label="of a bad step")
     for kind, mark in _MARKS.items():
         if steps := [event["step"] for event in run.events if event.get("event") == kind]:
             axis.plot(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lit_callbacks._redaction import redacted
 from lit_callbacks.checkpointing.manifest import SUFFIX
 from lit_callbacks.health import Diagnosis, Points, diagnose
 from lit_callbacks.markers import FINISHED, HEARTBEAT, STOPPED
@@ -145,9 +146,7 @@ def _events(path: Path, notes: list[str]) -> list[dict[str, Any]]:
             bad += bool(line.strip())
             continue
         if isinstance(event, dict) and isinstance(event.get("step"), int):
-            events.append(
-                {key: without_secrets(value) if isinstance(value, str) else value for key, value in event.items()}
-            )
+            events.append({key: without_secrets(v) if isinstance(v, str) else redacted(v) for key, v in event.items()})
         else:
             bad += 1
     if bad:
@@ -169,8 +168,8 @@ def _state(folder: Path, notes: list[str]) -> str:
         return f"It was stopped at step {stopped.get('step', '?')}: {stopped.get('reason', 'for an unknown reason')}."
     if (folder / HEARTBEAT).is_file():
         beat = _json(folder / HEARTBEAT, notes)
-        silent = time.time() - float(beat.get("time") or 0)
-        if silent < _QUIET:
+        beaten = beat.get("time")
+        if isinstance(beaten, int | float) and time.time() - beaten < _QUIET:
             return f"It is under way, at step {beat.get('step', '?')}: what follows may change."
         return f"It has not come to its end: its last sign of life was at step {beat.get('step', '?')}."
     return ""

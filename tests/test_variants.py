@@ -1,0 +1,32 @@
+"""Activation checkpointing and torch.compile change no loss, whatever the strategy."""
+
+from pathlib import Path
+
+import pytest
+
+from helpers import two_ranks
+from variants_worker import VARIANTS, losses
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{i * i % 97:03d}, {i:04d}; " for i in range(1000)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def plain(text, tmp_path_factory):
+    return losses(tmp_path_factory.mktemp("plain"), text, "single")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "tensor_parallel"])
+def test_variants_have_the_losses_of_the_plain_run_on_one_device(strategy, plain, text, tmp_path):
+    first, second = two_ranks(Path(__file__).with_name("variants_worker.py"), tmp_path, strategy, strategy, text)
+    for name in VARIANTS:
+        together = {step: (loss + second[name][step]) / 2 for step, loss in first[name].items()}
+        assert together == pytest.approx(plain, rel=1e-5), name
+    assert first["graphs"] >= 1
+    refused = "compile_model and activation_checkpointing do not go together" in first["refused"]
+    assert refused == (strategy == "tensor_parallel")

@@ -296,8 +296,10 @@ class TrainingCLI(LightningCLI):
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         found = [callback.diagnosis for callback in callbacks if isinstance(callback, lit_callbacks.Dashboard)]
         diagnosis = found[0] if found else None
-        command = next_command(self.run, self.root, diagnosis.verdict if diagnosis else "") if with_command else ""
-        sentences = diagnosis.sentences if diagnosis else ()
+        verdict, sentences = (diagnosis.verdict, diagnosis.sentences) if diagnosis else ("", ())
+        if verdict in ("healthy", "recovered") and self.report.unlearned is not None:
+            verdict, sentences = "not learning", (self.report.unlearned, *sentences[1:])
+        command = next_command(self.run, self.root, verdict) if with_command else ""
         metrics = self.trainer.callback_metrics
         print(f"\n{outcome_table(sentences, metrics, self.trainer.global_step, command)}")
 

@@ -34,6 +34,8 @@ class FitReport(Callback):
         self.run, self.precision = run, precision
         self._started = 0.0
         self._costs = ""
+        self.unlearned: str | None = None
+        """What is said of a model that is no better than guessing, once fit has ended."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find out what a step costs, before the model is compiled."""
@@ -81,14 +83,18 @@ class FitReport(Callback):
         if not shards(trainer.strategy):  # this rank alone has no whole model
             self._print_sample(trainer, pl_module)
 
-    @staticmethod
-    def _print_baselines(trainer: Trainer) -> None:
+    def _print_baselines(self, trainer: Trainer) -> None:
         """What a model has to be better than, where the data knows."""
         baselines = getattr(trainer.datamodule, "baselines", None)  # type: ignore[attr-defined]
         metrics = trainer.callback_metrics
         for baseline in [] if baselines is None else baselines():
             if (own := metrics.get(f"val/{baseline.metric}")) is not None:
-                print(f"  {baseline.metric} {float(own):.4f}; {baseline.name}: {baseline.value:.4f}")
+                compared = f"{baseline.metric} {float(own):.4f}; {baseline.name}: {baseline.value:.4f}"
+                print(f"  {compared}")
+                if baseline.metric == "loss" and not float(own) < baseline.value:
+                    self.unlearned = (
+                        f"Nothing learned yet: the model is no better than what looks at no input: {compared}."
+                    )
 
     def print_places(self) -> None:
         """Where everything is; called when the last checkpoint has been written."""

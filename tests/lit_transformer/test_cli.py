@@ -84,13 +84,19 @@ def test_a_run_leaves_everything_in_its_folder_and_says_where(cli):
     assert re.search(
         r"^step 20/20  loss .*  lr .*  grad norm .*  skipped 0  rolled back 0  tokens/s", outcome.out, re.M
     )
-    assert "verdict   Healthy: train/loss went from " in outcome.out
+    assert "verdict   Nothing learned yet: the model is no better than what looks at no input: loss " in outcome.out
     assert re.search(r"^steps     20, 0 skipped, 0 rolled back, 0 lost by that$", outcome.out, re.M)
-    assert re.search(r"^next      .* test --run a --ckpt_path best$", outcome.out, re.M)
+    assert re.search(r"^next      .* check --config runs/a/config.yaml$", outcome.out, re.M)
     assert "Precision: 32-true (as configured)" in outcome.out
     assert "and how the model goes on:" in outcome.out
     assert "step 20/20  loss" in outcome.out
     assert "tokens/s" in outcome.out
+
+
+def test_a_run_that_has_learned_is_healthy(cli):
+    outcome = cli("fit", "--config", "config.yaml", "--run", "a", "--trainer.max_steps", "150")
+    assert "verdict   Healthy: train/loss went from " in outcome.out
+    assert re.search(r"^next      .* test --run a --ckpt_path best$", outcome.out, re.M)
 
 
 def test_the_saved_configuration_starts_the_same_run_again(cli):

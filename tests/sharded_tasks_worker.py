@@ -19,10 +19,21 @@ from lit_callbacks import (
     LossSpikeRecovery,
     VerifiedCheckpoint,
 )
-from lit_transformer import LanguageModelingData, LitCausalLM, LitPretrained, LitSeq2Seq, WarmupConstant
-from strategy_worker import CONFIG, Losses, whole
+from lit_transformer import (
+    LanguageModelingData,
+    LitCausalLM,
+    LitPretrained,
+    LitSeq2Seq,
+    TransformerConfig,
+    WarmupConstant,
+)
+from strategy_worker import Losses, weights
 
 EPOCH = 4
+CONFIG = TransformerConfig(
+    vocab_size=256, max_length=16, d_model=16, n_layers=2, n_heads=2, bias=False,  # of a key: noise
+    attention_dropout=0, ffn_dropout=0, residual_dropout=0, embedding_dropout=0,
+)  # fmt: skip
 ADAMW = partial(torch.optim.AdamW, lr=3e-3)
 GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 16, "n_layer": 2, "n_head": 2}
 GPT2 |= {"vocab_size": 256, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0}
@@ -83,7 +94,7 @@ def fit(case, folder, text, strategy, steps=3 * EPOCH, resume=None):
     return {
         "losses": {str(step): sum(values) for step, values in losses.found.items()},
         "validation": {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")},
-        "weights": {name: whole(p).double().abs().sum().item() for name, p in task.named_parameters()},
+        "weights": weights(trainer, task),
         "step": trainer.global_step,
     }
 

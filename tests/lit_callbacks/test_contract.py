@@ -318,7 +318,7 @@ def test_sources_import_only_what_they_may_and_never_print(path):
     third_party = imports - sys.stdlib_module_names
     if path.parent.name == "functional":
         assert third_party <= {"torch", "lit_callbacks"}
-    optional = {"deepspeed", "matplotlib", "numpy", "safetensors", "wandb", "wandb_workspaces"}
+    optional = {"deepspeed", "matplotlib", "numpy", "safetensors", "tensorboard", "wandb", "wandb_workspaces", "yaml"}
     assert third_party <= {"torch", "lightning", "torchmetrics", "lit_callbacks"} | optional
     at_import = {n.module for n in tree.body if isinstance(n, ast.ImportFrom)}
     late = optional - ({"numpy"} if path.parent.name in ("health", "report") else set())

@@ -515,8 +515,11 @@ def test_parameters_in_fp16(dtype):
 
 
 def test_the_batch_of_several_devices():
-    trainer = SimpleNamespace(world_size=4, accumulate_grad_batches=2)
+    sampler = {"num_replicas": 4, "rank": 0}
+    trainer = SimpleNamespace(
+        world_size=4, global_rank=0, accumulate_grad_batches=2, distributed_sampler_kwargs=sampler
+    )
     ((text, _),) = optimization_rules.effective_batch(Plan(trainer, Model()))
     assert text == "A step sees 4 x 2 batches of the loader's size."
-    trainer.world_size = 1
+    trainer.world_size = sampler["num_replicas"] = 1
     assert not list(optimization_rules.effective_batch(Plan(trainer, Model())))

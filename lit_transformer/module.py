@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import nn
 
 from lit_transformer.deferred import Draws, make_model
@@ -103,14 +103,15 @@ class LitTransformer(LitTask):
                 )
             # Gathering parameters is no part of a graph.
             self.model.compile(fullgraph=not shards(strategy))
-        if stage == "fit" and isinstance(self.trainer.strategy, DeepSpeedStrategy):
-            self._start_from_weights()  # before the engine copies them
 
     def configure_model(self) -> None:
         """Spread the model over devices, where the strategy leaves that to the module; give it its weights."""
         if self._trainer is not None:
             spread(self.model, self.config, self.trainer.strategy, self._device_mesh, self._draws)
             self._draws = Draws()
+            fits = self.trainer.state.fn == "fit"
+            if fits and isinstance(self.trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+                self._start_from_weights()  # before they are in pieces
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Look at the ids while looking is cheap: on a device, a wrong one ends the process without a reason."""
@@ -124,7 +125,7 @@ class LitTransformer(LitTask):
         self._start_from_weights()
 
     def _start_from_weights(self) -> None:
-        if self.init_from is not None and not self._has_weights:
+        if self.init_from is not None and not self._has_weights and self.trainer.ckpt_path is None:
             load_body(self, self.init_from)
         self._has_weights = True
 

@@ -21,6 +21,13 @@ def shards(strategy: Strategy) -> bool:
     return zero or isinstance(strategy, ModelParallelStrategy | FSDPStrategy)
 
 
+def saves_averages(strategy: Strategy) -> bool:
+    """Whether a schedule-free optimizer's two sets of weights get into a checkpoint, and out of it."""
+    if isinstance(strategy, TensorParallel):
+        return strategy.group_size == 1 and strategy.saves_parts
+    return not isinstance(strategy, FSDPStrategy | DeepSpeedStrategy)
+
+
 def spread(
     model: nn.Module, config: TransformerConfig | None, strategy: Strategy, mesh: DeviceMesh | None, draws: Draws
 ) -> None:
@@ -75,12 +82,12 @@ def size_of(parameter: Tensor) -> int:
 
 
 def whole_dims(model: nn.Module) -> dict[int, int]:
-    """The number of dimensions of each parameter by its ``id``, also where FSDP1 has left a flat piece of it.
+    """The number of dimensions of each parameter by its ``id``, also where FSDP1 or ZeRO-3 has left a piece of it.
 
     Args:
         model: What the strategy has made of the module.
     """
-    dims = {id(parameter): parameter.ndim for parameter in model.parameters()}
+    dims = {id(parameter): len(getattr(parameter, "ds_shape", parameter.shape)) for parameter in model.parameters()}
     for module in model.modules():
         if isinstance(module, FullyShardedDataParallel) and module._handle is not None:
             flat = module._handle.flat_param

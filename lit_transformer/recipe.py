@@ -10,7 +10,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -20,7 +19,7 @@ from lit_transformer.optim import ParamGroups, Plateau, Schedule, WarmupConstant
 from lit_transformer.optim.schedule_free import AveragedWeights, go_on, is_schedule_free
 from lit_transformer.optim.spec import factory_spec, factory_target, instance_spec, load_factory
 from lit_transformer.optim.total_steps import total_steps
-from lit_transformer.parallel import clip_by_norm, give_up_whole, whole_dims
+from lit_transformer.parallel import clip_by_norm, give_up_whole, saves_averages, whole_dims
 from lit_transformer.zero import prepare, settle_accumulation
 
 
@@ -116,10 +115,11 @@ class LitRecipe(LightningModule):
         """What the optimizer is made of: parameters with their settings, by group."""
         apart = bool(getattr(factory_target(self.optimizer_factory), "hidden_apart", False))
         model = self if self._trainer is None else self.trainer.strategy.model or self
-        if apart and isinstance(model, FullyShardedDataParallel):
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if apart and isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
             raise UsageError(
-                f"{factory_target(self.optimizer_factory).__name__} needs whole matrices, of which FSDP1 leaves flat "
-                "pieces: use strategy ddp or fsdp2"
+                f"{factory_target(self.optimizer_factory).__name__} needs whole matrices, of which "
+                f"{type(strategy).__name__} leaves flat pieces: use strategy ddp or fsdp2"
             )
         return self.param_groups.build(self, apart, whole_dims(model))
 
@@ -132,12 +132,10 @@ class LitRecipe(LightningModule):
         except ValueError as error:
             raise UsageError(f"{factory_target(self.optimizer_factory).__name__}: {error}") from None
         self._averaged = AveragedWeights(optimizer) if is_schedule_free(optimizer) else None
-        strategy = self.trainer.strategy
-        in_pieces = isinstance(strategy, FSDPStrategy | DeepSpeedStrategy)
-        if self._averaged is not None and in_pieces:
+        if self._averaged is not None and not saves_averages(self.trainer.strategy):
             raise UsageError(
-                f"{type(optimizer).__name__} keeps two sets of weights, which are not saved in pieces yet: use another "
-                "optimizer, or strategy ddp or fsdp2"
+                f"{type(optimizer).__name__} keeps two sets of weights, which {type(self.trainer.strategy).__name__} "
+                "does not save as it is set: use another optimizer, or strategy ddp, or fsdp2 with checkpoints in parts"
             )
         for group in optimizer.param_groups:
             group["lr"] *= group["lr_scale"] * self._lr_scale
@@ -225,7 +223,7 @@ class LitRecipe(LightningModule):
         Torch restores ``lr``, ``weight_decay`` and the like from the checkpoint's optimizer state, over the
         configuration and without a word.
         """
-        settle_accumulation(self.trainer, total_steps(self.trainer))
+        settle_accumulation(self.trainer)
         self._impose()
         if self._averaged is not None:
             self._averaged.go_on()

@@ -37,6 +37,7 @@ class TensorParallel(ModelParallelStrategy):
             tensor_parallel_size=tensor_parallel_size, save_distributed_checkpoint=save_distributed_checkpoint
         )
         self.group_size = tensor_parallel_size
+        self.saves_parts = save_distributed_checkpoint
 
     def _configure_launcher(self) -> None:
         """Check what the Trainer has just said, before any other process is started."""
@@ -92,8 +93,11 @@ class TensorParallel(ModelParallelStrategy):
             go_on(contents)  # of a schedule-free optimizer, by the weights that were trained
         own, orders = self.model.state_dict(), self._orders()
         missing = own.keys() - contents["state_dict"].keys()
-        if missing and self.lightning_module.strict_loading:
-            raise UsageError(f"{path} is of another architecture: it has no {min(missing)}")
+        if self.lightning_module.strict_loading and (missing or contents["state_dict"].keys() - own.keys()):
+            other = f"no {min(missing)}" if missing else min(contents["state_dict"].keys() - own.keys())
+            raise UsageError(f"{path} is of another architecture: it has {other}")
+        if self.optimizers and "optimizer_states" not in contents:
+            raise UsageError(f"{path} has weights only; take them by model.init_args.init_from")
         with torch.no_grad():
             for name in own.keys() - missing:
                 tensor = own[name]

@@ -13,7 +13,7 @@ Modules compute with their local parts: that is as fast as without, and monitors
 
 Matrices that are stacked in one parameter, such as queries, keys and values, stay so, for one product is faster than
 three: before it is cut, its rows are ordered by device. A parameter of each matrix, the other way, would have other
-names than in every other run, and so would its optimizer state. :func:`in_order` undoes it for checkpoints.
+names than in every other run, and so would its optimizer state. :func:`reordered` undoes it for checkpoints.
 """
 
 from collections.abc import Sequence

@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 
 from lit_transformer.errors import UsageError
+from lit_transformer.optim.total_steps import total_steps
 
 
 def prepare(strategy: Strategy) -> None:
@@ -19,7 +20,7 @@ def prepare(strategy: Strategy) -> None:
         strategy.config.setdefault("zero_force_ds_cpu_optimizer", False)
 
 
-def settle_accumulation(trainer: Trainer, total_steps: int) -> None:
+def settle_accumulation(trainer: Trainer) -> None:
     """Let Lightning and DeepSpeed agree on accumulated gradients. Nothing to do under other strategies.
 
     Lightning divides the loss by ``accumulate_grad_batches``, and DeepSpeed's engine once more (lightning 2.6):
@@ -27,7 +28,6 @@ def settle_accumulation(trainer: Trainer, total_steps: int) -> None:
 
     Args:
         trainer: At the start of training.
-        total_steps: Optimizer steps of the run.
 
     Raises:
         UsageError: If an epoch ends in the middle of a window: the engine carries that over into the next one, while
@@ -36,7 +36,7 @@ def settle_accumulation(trainer: Trainer, total_steps: int) -> None:
     if not isinstance(trainer.strategy, DeepSpeedStrategy):
         return
     window, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
-    if math.isfinite(batches) and batches % window and total_steps > batches // window:
+    if math.isfinite(batches) and batches % window and total_steps(trainer) > batches // window:
         raise UsageError(
             f"an epoch has {batches} batches and an optimizer step takes {window}: DeepSpeed needs a whole number of "
             f"steps in an epoch. Set trainer.limit_train_batches to {batches - batches % window}, or another "

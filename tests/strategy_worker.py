@@ -27,8 +27,10 @@ from lit_callbacks import (
     AttentionEntropyMonitor,
     Dashboard,
     DeadNeuronDetector,
+    EarlyStoppingWithRestore,
     ExactResume,
     GradientNormLogger,
+    GradualUnfreezing,
     LossSpikeRecovery,
     NonFiniteAutopsy,
     ParameterStatsLogger,
@@ -306,18 +308,40 @@ def refused_by_deepspeed(folder, text, strategy):
     return found
 
 
-def refused(folder, text):
-    """What is said of what FSDP2 does not have yet."""
+def refused(folder, text, strategy):
+    """What is said of what a strategy does not have yet."""
     data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=4)
-    callbacks = {"autopsy": NonFiniteAutopsy(), "histograms": ParameterStatsLogger(histograms=True)}
+    callbacks = {
+        "autopsy": NonFiniteAutopsy(),
+        "histograms": ParameterStatsLogger(histograms=True),
+        "unfreezing": GradualUnfreezing(["*final_norm*"]),
+        "early_stopping": EarlyStoppingWithRestore(),
+        "schedule_free": Callback(),
+    }
     found = {}
     for name, callback in callbacks.items():
-        trainer = make_trainer(strategy="fsdp2", devices=2, max_steps=1, default_root_dir=folder, callbacks=[callback])
+        free = name == "schedule_free"
+        optimizer = partial(ScheduleFreeAdamW, lr=1e-3) if free else torch.optim.AdamW
+        task = LitCausalLM(CONFIG, optimizer, WarmupConstant(warmup=2) if free else None)
+        trainer = make_trainer(
+            strategy=STRATEGIES[strategy][2](), devices=2, max_steps=2, limit_val_batches=1, default_root_dir=folder,
+            callbacks=[callback], num_sanity_val_steps=1,
+        )  # fmt: skip
         try:
-            trainer.fit(LitCausalLM(CONFIG, schedule=None), data)
-        except SetupError as error:
+            trainer.fit(task, data)
+        except (UsageError, SetupError) as error:
             found[name] = str(error)
     return found
+
+
+def started_from(folder, text, strategy, one_file):
+    """The weights of a run that starts from those of a file, and does not move."""
+    data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=4)
+    task = LitCausalLM(CONFIG, partial(torch.optim.SGD, lr=0.0), None, init_from=one_file)
+    options = {"devices": 2, "max_steps": 1, "limit_val_batches": 0, "default_root_dir": folder}
+    trainer = make_trainer(strategy=STRATEGIES[strategy][2](), **options)
+    trainer.fit(task, data)
+    return weights(trainer, task)
 
 
 def resumed_part(whole):
@@ -333,13 +357,15 @@ def main(out, strategy, text, one_file, *numbers):
         whole = found[str(cell)] = cell.run(out, text, strategy)
         checkpoint = str(cell.folder(out) / "step=20.ckpt")
         whole["resumed"] = cell.run(out / "resumed", text, strategy, resume=checkpoint, steps=30)["losses"]
-    if one_file:  # of the first cell, by one process
+    if one_file:
+        found["started_from"] = started_from(out / "started_from", text, strategy, one_file)
+    if one_file and strategy in ("fsdp2", "tensor_parallel"):  # of the first cell, by one process
         found["from_one_file"] = first.run(out / "from_one_file", text, strategy, resume=one_file, steps=30)["losses"]
     if strategy == "tensor_parallel":
         dropout = replace(CONFIG, attention_dropout=0.1, ffn_dropout=0.1, residual_dropout=0.1, embedding_dropout=0.1)
         found["dropout"] = first.run(out / "dropout", text, strategy, config=dropout, steps=15)["weights"]
-    if strategy == "fsdp2":
-        found["refused"] = refused(out / "refused", text)
+    if strategy in ("fsdp2", "tensor_parallel", "fsdp") and one_file:
+        found["refused"] = refused(out / "refused", text, strategy)
     if strategy.startswith("zero"):
         contents = consolidated(cells[0].folder(out) / f"step={STEPS}.ckpt")
         found["consolidated"] = {k: v.double().abs().sum().item() for k, v in contents["state_dict"].items()}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 _OF_STAGES_1_AND_2 = ("_global_grad_norm", "check_grad_overflow", "has_overflow", "_update_scale")
 _OF_STAGE_3 = (
     "fp32_partitioned_groups_flat", "get_local_fp32_grad_for_param", "get_local_fp32_param", "_pre_step",
-    "_partition_all_parameters", "_overflow_clean_up", "_global_grad_norm",
+    "_partition_all_parameters", "_overflow_clean_up", "_global_grad_norm", "swap_optimizer", "params_in_nvme_and_cpu",
 )  # fmt: skip
 
 
@@ -39,9 +39,10 @@ def missing(engine: Any) -> list[str]:
     if not is_zero(zero):
         return [f"a ZeRO optimizer in place of {type(zero).__name__}"]
     if _is_stage_3(zero):
-        on_disk = zero.swap_optimizer or zero.params_in_nvme_and_cpu
         absent = [name for name in _OF_STAGE_3 if not hasattr(zero, name)]
-        return [*absent, "weights and optimizer states in memory, not on NVMe"] if on_disk else absent
+        if not absent and (zero.swap_optimizer or zero.params_in_nvme_and_cpu):
+            return ["weights and optimizer states in memory, not on NVMe"]
+        return absent
     mapped = all(hasattr(parameter, "_hp_mapping") for parameter in trained(engine))
     return [name for name in _OF_STAGES_1_AND_2 if not hasattr(zero, name)] + ([] if mapped else ["_hp_mapping"])
 

@@ -22,6 +22,9 @@ class Member(Callback):
     serves_shards: ClassVar[bool] = False
     """Whether it works where a rank holds a part only of each parameter, as under FSDP."""
 
+    serves_flat_shards: ClassVar[bool] = True
+    """If it does, whether also under FSDP1, where pieces are flat and names other ones."""
+
     serves_zero: ClassVar[bool] = False
     """Whether it works under DeepSpeed, which keeps gradients to itself, and clips and steps in its engine."""
 
@@ -102,7 +105,9 @@ def refuse_unknown_engine(callback: Member, trainer: Trainer) -> None:
 def _refuse_sharded(callback: Member, trainer: Trainer) -> None:
     # By name: `lightning` and `pytorch_lightning` each have their own classes. DeepSpeedStrategy is a DDPStrategy.
     names = _strategy_names(trainer)
-    served = ["a single device", "DDP"] + (["FSDP"] if callback.serves_shards else [])
+    served = ["a single device", "DDP"]
+    if callback.serves_shards:
+        served.append("FSDP" if callback.serves_flat_shards else "FSDP2")
     served += ["DeepSpeed"] if callback.serves_zero else []
     if "DeepSpeedStrategy" in names:
         is_served = callback.serves_zero
@@ -131,6 +136,7 @@ _STRATEGIES: dict[str, set[str]] = {
     "a single device": {"SingleDeviceStrategy"},
     "DDP": {"DDPStrategy"},
     "FSDP": {"ModelParallelStrategy", "FSDPStrategy"},
+    "FSDP2": {"ModelParallelStrategy"},
     "DeepSpeed": set(),  # a DDPStrategy to Python
 }
 

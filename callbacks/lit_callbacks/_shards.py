@@ -36,8 +36,11 @@ def settle(model: nn.Module) -> None:
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
-        elif isinstance(part, FullyShardedDataParallel) and part._handle is not None and part._is_root is not None:
-            _reshard(part, part._handle, True)  # there has been a forward pass
+    for unit in FullyShardedDataParallel.fsdp_modules(model):
+        handle = unit._handle
+        # Not before the first forward pass, nor on a single rank.
+        if handle is not None and unit._is_root is not None and handle.uses_sharded_strategy:
+            _reshard(unit, handle, True)
 
 
 def flat_parameters(trainer: Trainer) -> list[FlatParameter]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from lit_callbacks._errors import SetupError
 from lit_callbacks._events import EventLog, run_folder, say
 from lit_callbacks._member import Member
+from lit_callbacks._ranks import tensor_parallel
 from lit_callbacks._shards import set_whole_state, whole_state
 
 
@@ -44,6 +45,7 @@ class EarlyStoppingWithRestore(Member):
 
     order = 2
     serves_shards = True
+    serves_flat_shards = False
 
     def __init__(
         self, monitor: str = "val/loss", patience: int = 10, mode: str = "min", min_delta: float = 0.0
@@ -68,6 +70,11 @@ class EarlyStoppingWithRestore(Member):
         """Forget an earlier fit."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
+            if tensor_parallel(trainer)[1] > 1:
+                raise SetupError(
+                    "EarlyStoppingWithRestore does not serve tensor parallelism yet: the weights it keeps have their "
+                    "rows in the order of this group of devices. Leave it out, or take strategy fsdp2."
+                )
             self.events = EventLog(run_folder(trainer))
             if trainer.global_step == 0:
                 self._forget()

@@ -111,7 +111,7 @@ class GradientNormLogger(StepObserver):
         if trained != self._trained:
             assert trainer.lightning_module is not None
             shapes = whole_shapes(trainer, trainer.lightning_module)
-            numbers = torch.tensor([float(shapes[id(p)].numel()) for p in gradients.parameters])
+            numbers = torch.tensor([float(shapes.get(id(p), p.shape).numel()) for p in gradients.parameters])
             self._trained, self._elements = trained, numbers.sum().item()
             self._sizes = groups.sums(groups.place(gradients.parameters, numbers)).tolist()
         used = gradients.parameters

@@ -54,6 +54,7 @@ class GradualUnfreezing(Member):
 
     order = 2
     serves_shards = True
+    serves_flat_shards = False
 
     def __init__(
         self,
@@ -128,6 +129,7 @@ class GradualUnfreezing(Member):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The stage in which this fit begins, which may be in the middle of one."""
         self._unhook()
+        settle(pl_module)  # after a sanity check, FSDP2 shows whole parameters, which no optimizer has
         held = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
         missing = [n for n, p in pl_module.named_parameters() if n in set(self._trainable) and id(p) not in held]
         if missing:

@@ -217,4 +217,5 @@ def _first_to_fit(found: Iterable[Use], gib: float) -> str:
     if fits is None:
         least = min(found, key=lambda use: use.total)
         return f"None fits {gib:g} GiB: {least.strategy} comes nearest. A smaller batch and checkpointing keep less."
-    return f"The first to fit {gib:g} GiB is {fits.strategy}, with {fits.total / 2**30:,.2f}."
+    without = "" if fits.activations is not None else " without activations, which are not known"
+    return f"The first to fit {gib:g} GiB is {fits.strategy}, with {fits.total / 2**30:,.2f}{without}."

@@ -166,9 +166,10 @@ class TrainingCLI(LightningCLI):
 
     def _check_for_deepspeed(self, path: str) -> None:
         if self.subcommand != "fit":
+            consolidated = f"make {path} one file by `consolidate`, and " if is_in_parts(path) else ""
             raise UsageError(
-                f"DeepSpeed loads its checkpoints with the optimizer, which {self.subcommand} does not have: make "
-                f"{path} one file by `consolidate`, and evaluate that on one device or under strategy ddp"
+                f"DeepSpeed loads its checkpoints with the optimizer, which {self.subcommand} does not have: "
+                f"{consolidated}evaluate {'that' if consolidated else path} on one device or under strategy ddp"
             )
         if not is_in_parts(path):
             raise UsageError(

@@ -278,3 +278,18 @@ def test_a_resumed_logger_judges_by_the_past_it_had(make_trainer, tmp_path):
     resumed = make_trainer(max_steps=10, callbacks=[GradientNormLogger(1, groups=["layers"])])
     with pytest.warns(UserWarning, match="step 8: the gradient explodes"):
         resumed.fit(module, loader(n_samples=28), ckpt_path=tmp_path / "seven.ckpt", weights_only=True)
+
+
+class _WithAStranger(TinyLM):
+    def configure_optimizers(self):
+        self.__dict__["stranger"] = torch.nn.Parameter(torch.ones(3))  # which is no attribute of the module to torch
+        return torch.optim.SGD([*self.parameters(), self.__dict__["stranger"]], lr=0.01)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + (self.__dict__["stranger"] * 2).sum()
+
+
+def test_a_parameter_that_is_not_of_the_module_counts_in_the_total(make_trainer):
+    _, logger, reference = fit(make_trainer, _WithAStranger(), max_steps=1)
+    logged = {key: value for _, metrics in logger.calls for key, value in metrics.items()}
+    assert logged["grad_norm/total"] == pytest.approx(reference.norms[0], rel=1e-5)

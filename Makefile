@@ -15,7 +15,7 @@ train: install
 	$(RUN) cli.py fit
 
 test: install
-	$(RUN) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: install
 	$(RUN) -m pytest -m slow

@@ -1,0 +1,45 @@
+"""Pages beside the README: their blocks run, and what they link to is there."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+PAGES = sorted([*(REPOSITORY / "docs").glob("*.md"), *REPOSITORY.glob("*.md"), REPOSITORY / "callbacks" / "README.md"])
+YOURS = (REPOSITORY / "docs" / "your_module.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", YOURS, re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+@pytest.mark.filterwarnings("ignore")  # Lightning has advice for small examples
+def test_blocks_of_your_module_run(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("callbacks.yaml").write_text(re.search(r"```yaml\n(.*?)```", YOURS, re.DOTALL)[1])
+    exec(compile(BLOCKS[number], f"block {number}", "exec"), {"__name__": "page"})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_of_the_fine_tuned_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(BLOCKS[0], "block 0", "exec"), {"__name__": "page"})
+    command = re.search(r"^    (python -m lit_callbacks.report .*)$", YOURS, re.MULTILINE)[1].split()
+    monkeypatch.setattr(sys, "argv", ["report", *command[3:]])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("lit_callbacks.report", run_name="__main__")
+    assert not stop.value.code
+    assert "report.html" in capsys.readouterr().out
+    assert "attention" in Path("mine/version_0/report.html").read_text(encoding="utf-8").lower()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_links_lead_somewhere(page):
+    for path, anchor in re.findall(r"\]\(([^)#:\s]*)(#[^)\s]*)?\)", page.read_text(encoding="utf-8")):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        if anchor and target.suffix == ".md":
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert anchor[1:] in slugs, (path, anchor)

@@ -13,7 +13,9 @@ same steps, and a run resumed at step 20 is the same bit for bit. A run takes a 
 import argparse
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 TESTS = Path(__file__).parents[1] / "tests"
 sys.path.insert(0, str(TESTS))
@@ -32,47 +34,73 @@ def deviation(found: dict, wanted: dict) -> float:
     return max((abs(a - b) / abs(b) for a, b in pairs if b and a == a), default=0.0)
 
 
+class Row(NamedTuple):
+    """What a cell gives under a strategy, against one process."""
+
+    strategy: str
+    cell: Cell
+    losses: float
+    weights: float
+    norms: float
+    same_events: bool
+    same_resumed: bool
+
+
 def main() -> None:
-    """Print the table."""
+    """Print a line for each cell, and a table of the worst by strategy and precision."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     several = [name for name in STRATEGIES if name != "single"]
     parser.add_argument("--strategies", nargs="+", default=several, choices=several)
     options = parser.parse_args()
-    print(
-        "| strategy | precision | batches a step | clipped | losses | weights | gradient norms | recovery | resumed |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         text = out / "text.txt"
         text.write_text("".join(f"{i * i % 97:03d}, {i:04d}; " for i in range(4000)))
         alone = {cell: cell.run(out / "single", str(text), "single") for cell in GRID}
+        rows = []
         for strategy in options.strategies:
             possible = cells(strategy)
-            numbers = [str(GRID.index(cell)) for cell in possible]
-            worker = TESTS / "strategy_worker.py"
             (out / strategy).mkdir()
-            words, n = (strategy, str(text), "", *numbers), STRATEGIES[strategy][0]
-            ranks = run_ranks(worker, out / strategy, strategy, *words, n=n, timeout=1200)
+            words = (strategy, str(text), "", *[str(GRID.index(cell)) for cell in possible])
+            worker, n = TESTS / "strategy_worker.py", STRATEGIES[strategy][0]
+            ranks = run_ranks(worker, out / strategy, strategy, *words, n=n, timeout=3600)
             for cell in possible:
-                print(row(strategy, cell, ranks, alone[cell]), flush=True)
+                rows.append(row(strategy, cell, ranks, alone[cell]))
+                print(*rows[-1], sep=", ", flush=True)
+    print(table(rows))
 
 
-def row(strategy: str, cell: Cell, ranks: list[dict], alone: dict) -> str:
-    """A line of the table."""
-    first, second = ranks[0][str(cell)], ranks[-1][str(cell)]
-    losses = {step: (loss + second["losses"][step]) / 2 for step, loss in first["losses"].items()}
-    values = [
+def row(strategy: str, cell: Cell, ranks: list[dict], alone: dict) -> Row:
+    """Compare the first and the last rank with one process."""
+    first, last = ranks[0][str(cell)], ranks[-1][str(cell)]
+    losses = {step: (loss + last["losses"][step]) / 2 for step, loss in first["losses"].items()}
+    return Row(
+        strategy,
+        cell,
         deviation(losses, alone["losses"]),
         deviation(first["weights"], alone["weights"]),
         deviation(norms(first), norms(alone)),
+        first["events"] == alone["events"],
+        first["resumed"] == resumed_part(first),
+    )
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The worst of each strategy and precision, over accumulation and clipping."""
+    lines = [
+        "| strategy | precision | losses | weights | gradient norms | recovery | resumed |",
+        "|---|---|---|---|---|---|---|",
     ]
-    words = [
-        "same steps" if first["events"] == alone["events"] else "OTHER STEPS",
-        "bit for bit" if first["resumed"] == resumed_part(first) else "DIFFERS",
-    ]
-    names = [strategy, cell.precision, str(cell.accumulate), "yes" if cell.clip else "no"]
-    return f"| {' | '.join([*names, *(f'{value:.0e}' for value in values), *words])} |"
+    together: dict[tuple[str, str], list[Row]] = {}
+    for found in rows:
+        together.setdefault((found.strategy, found.cell.precision), []).append(found)
+    for (strategy, precision), group in together.items():
+        worst = [max(getattr(found, name) for found in group) for name in ("losses", "weights", "norms")]
+        events = "same steps" if all(found.same_events for found in group) else "OTHER STEPS"
+        resumed = "bit for bit" if all(found.same_resumed for found in group) else "DIFFERS"
+        values = " | ".join(f"{value:.0e}" for value in worst)
+        lines.append(f"| {strategy} | {precision} | {values} | {events} | {resumed} |")
+    return "\n".join(lines)
 
 
 def norms(side: dict) -> dict[str, float]:

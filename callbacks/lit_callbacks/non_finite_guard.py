@@ -26,8 +26,8 @@ class NonFiniteGuard(StepSkipper):
     its factor, and is left to it.
 
     What was skipped is appended to ``events.jsonl`` in the run folder, with the first rank that saw it and, where the
-    data module offers ``sample_ids`` (see :mod:`lit_callbacks.protocols`), the samples. If that file cannot be written,
-    a warning says so once and training goes on.
+    data module offers ``sample_ids`` (see :mod:`lit_callbacks.protocols`), the samples; so is the end of patience, as
+    ``stop``. If that file cannot be written, a warning says so once and training goes on.
 
     Logs, when they change:
         loss_spike/nonfinite: steps with a non-finite loss or gradient so far. Also in ``trainer.callback_metrics``.
@@ -85,7 +85,9 @@ class NonFiniteGuard(StepSkipper):
         values = {f"loss_spike/{key}": float(self._counts[key]) for key in ("nonfinite", "skipped_steps")}
         publish(trainer, pl_module, event["step"], values, summary=values)
         if self._counts["in_a_row"] >= self.patience:
-            raise NonFiniteError(_message(event))
+            message = _message(event)
+            self.events.write(**{**event, "event": "stop", "text": message})
+            raise NonFiniteError(message)
 
     def has_open_anomaly(self) -> bool:
         """Whether the last step was skipped."""

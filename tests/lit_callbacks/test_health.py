@@ -116,10 +116,21 @@ def test_a_stop_is_final_unless_the_run_went_on():
     assert diagnose({"train/loss": falling()}, [stop]).verdict == "recovered"
 
 
-def test_a_guard_that_gave_up_has_stopped_the_run():
+def test_a_guard_that_gave_up_has_stopped_the_run_whatever_its_patience():
     events = [skip(140 + i, in_a_row=i + 1, parameter="blocks.1.w", rule="non_finite_gradient") for i in range(10)]
-    found = diagnose({"train/loss": falling()[:140]}, events)
-    assert (found.verdict, found.culprit, found.first_warning_step) == ("stopped", "blocks.1.w", 140)
+    assert diagnose({"train/loss": falling()[:140]}, events).verdict == "recovered", "its patience was not at its end"
+    for n in (3, 10):
+        end = {**events[n - 1], "event": "stop"}
+        found = diagnose({"train/loss": falling()[:140]}, [*events[:n], end])
+        assert (found.verdict, found.culprit, found.first_warning_step) == ("stopped", "blocks.1.w", 140)
+    assert "too many steps in a row could not be made" in str(explain(end))
+
+
+def test_what_lay_ahead_of_a_resume_is_undone():
+    stop, resume = {**skip(150), "event": "stop", "to_step": 120}, {"step": 120, "event": "resume"}
+    assert diagnose({"train/loss": falling()[:151]}, [stop, resume]).verdict == "healthy"
+    assert diagnose({"train/loss": falling()[:151]}, [resume, stop]).verdict == "stopped"
+    assert diagnose({"train/loss": falling()[:151]}, [stop, {**resume, "step": 150}]).verdict == "recovered"
 
 
 def test_of_a_loss_that_is_not_finite_the_autopsy_alone_names_the_place():
@@ -149,6 +160,20 @@ def test_not_learning():
     assert (found.verdict, found.first_warning_step) == ("not learning", 1000)
 
 
+def test_a_finding_that_nothing_is_learned_counts_until_the_loss_falls():
+    late = [(10 * i, 5.0 + random.Random(i).gauss(0, 0.05) - 0.02 * max(0, i - 120)) for i in range(200)]
+    finding = {"step": 1000, "event": "recipe", "id": "not-learning", "text": "Nothing is learned."}
+    assert diagnose({"train/loss": late}, [finding]).verdict == "healthy"
+    assert diagnose({"train/loss": late[:120]}, [finding]).verdict == "not learning"
+    assert diagnose({"train/loss": late}, [{**finding, "step": 1990}]).verdict == "not learning"
+
+
+def test_a_plateau_after_an_accepted_level_is_no_lack_of_learning():
+    generator = random.Random(0)
+    loss = [*falling(), *((200 + i, 3.0 + generator.gauss(0, 0.02)) for i in range(150))]
+    assert diagnose({"train/loss": loss}, [{**skip(203), "event": "accept"}]).verdict == "recovered"
+
+
 def test_uniform_attention_counts_while_it_lasts():
     alarm = {"step": 600, "event": "alarm", "alarm": "attention_uniform", "where": ["l0"]}
     series = {"train/loss": falling(every=10), "attention_entropy/l0": [(600, 0.999), (1990, 0.995)]}
@@ -163,6 +188,47 @@ def test_dead_units_and_unanswered_alarms_are_a_risk():
     alarm = {"step": 100, "event": "alarm", "alarm": "entropy_collapse", "where": ["l0, head 1"]}
     assert diagnose({"train/loss": falling()}, [alarm]).culprit == "l0, head 1"
     assert diagnose({"train/loss": falling()}, [alarm, skip(120)]).verdict == "recovered"
+
+
+def test_a_gradient_alarm_that_never_came_again_is_a_remark():
+    alarm = {"step": 12, "event": "alarm", "alarm": "gradient_exploding", "where": ["layer_0"]}
+    found = diagnose({"train/loss": falling()}, [alarm])
+    assert found.verdict == "healthy"
+    assert "Only once, at step 12, in layer_0: the gradient norm was far above" in found.sentences[1]
+    assert "nothing was out of line" not in found.sentences[0]
+    assert diagnose({"train/loss": falling()}, [alarm, {**alarm, "step": 90}]).verdict == "at risk"
+    assert diagnose({"train/loss": falling()}, [{**alarm, "step": 190}]).verdict == "at risk"
+
+
+def test_only_a_loss_of_a_known_name_is_judged():
+    rising = [*falling(), *((200 + i, 6.0) for i in range(60))]
+    for key in ("train_loss_epoch", "loss/train"):
+        assert diagnose({key: rising, "aux_loss": falling(), "val_loss": falling()}, []).verdict == "diverging"
+    for key in ("val_loss", "d_loss"):
+        found = diagnose({key: rising}, [])
+        assert found.verdict == "no data"
+        assert found.sentences == ("No training loss was logged under a name that is known, such as train/loss.",)
+    assert diagnose({"train/accuracy": [(0, 0.5)]}, []).sentences[0].startswith("No training loss was logged")
+
+
+def test_a_high_level_that_ends_low_is_not_rising():
+    # The last level is 5.5, and the last value is low: there is no step from which on it stays high.
+    assert course([(i, value) for i, value in enumerate([1, 1, 1.1, 1, 1, 1, 1, 1, 10, 1])]).rises_from is None
+
+
+def test_few_values_that_rise_are_not_healthy():
+    diverged = list(enumerate([3, 2.5, 2.2, 2, 5, 9, 20, 30, 40]))
+    found = diagnose({"train/loss": diverged}, [])
+    assert (found.verdict, found.first_warning_step) == ("diverging", 4)
+    assert diagnose({"train/loss": list(enumerate([2.0, 5.0, 9.0]))}, []).verdict == "at risk"
+    assert diagnose({"train/loss": list(enumerate([2.0, 2.2, 1.9]))}, []).verdict == "healthy"
+
+
+def test_a_loss_that_was_never_finite_has_no_level():
+    (text, *_) = diagnose({"train/loss": [(i, math.nan) for i in range(30)]}, []).sentences
+    assert text.startswith("Diverging since step 0: the loss had no level that was finite")
+    (text, *_) = diagnose({"train/loss": [(0, math.inf), *falling()[1:]]}, []).sentences
+    assert "inf" not in text
 
 
 def test_the_rise_is_measured_against_noise():

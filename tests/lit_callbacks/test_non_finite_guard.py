@@ -8,6 +8,7 @@ from lightning.pytorch.plugins import MixedPrecision
 
 from helpers import MemoryLogger, TinyLM, TokensWithIds, TwoOptimizers, assert_identical, loader, snapshot
 from lit_callbacks import NonFiniteError, NonFiniteGuard
+from lit_callbacks.health import diagnose
 
 
 def fit(make_trainer, data, options=None, **trainer_options):
@@ -69,7 +70,9 @@ def test_patience_ends_the_run_with_the_last_good_weights(make_trainer, tmp_path
     with pytest.raises(NonFiniteError, match=r"step 6 after 3 skipped.*'?embedding\.weight.*\[24, 25, 26, 27\]"):
         trainer.fit(module, data)
     assert_identical([module.state_dict(), []], [good[0], []])
-    assert [event["in_a_row"] for event in events(tmp_path)] == [1, 2, 3]
+    told = [(event["step"], event["event"]) for event in events(tmp_path)]
+    assert told == [(4, "skip"), (5, "skip"), (6, "skip"), (6, "stop")]
+    assert diagnose({"train/loss": [(step, 3.0) for step in range(4)]}, events(tmp_path)).verdict == "stopped"
 
 
 def test_good_steps_reset_patience(make_trainer):

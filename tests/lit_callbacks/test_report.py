@@ -81,6 +81,15 @@ def test_someone_whose_run_diverged_reads_layer_and_step_first(diverged, tmp_pat
     assert "What to do: lower the learning rate" in first
 
 
+def test_what_lay_ahead_of_a_resume_is_not_read(tmp_path):
+    write_metrics(tmp_path, {"train/loss": losses()[:160]})
+    lines = [(100, "skip"), (155, "stop"), (150, "resume"), (158, "skip")]
+    write_events(tmp_path, [{"step": step, "event": event, "rule": "loss"} for step, event in lines])
+    run = read_run(tmp_path)
+    assert [(event["step"], event["event"]) for event in run.events] == [(100, "skip"), (150, "resume"), (158, "skip")]
+    assert run.diagnosis().verdict == "recovered"
+
+
 def test_the_fault_of_a_real_run_is_marked_where_it_was_injected(make_trainer, tmp_path):
     logger = CSVLogger(tmp_path, name="logs", version="a", flush_logs_every_n_steps=1)
     injector = FaultInjector([Fault("nan_loss", step=41)])

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lit_callbacks.health.events import without_undone
 from lit_callbacks.health.remarks import count, explain
-from lit_callbacks.health.series import Course, Series, course, loss_key
+from lit_callbacks.health.series import FEWEST, Course, Points, Series, course, training_loss_key, usual
 from lit_callbacks.health.signs import DEAD, Sign, first_signs, order
 
 _HORIZON, _NEAR = 500, 100
@@ -17,7 +18,6 @@ longest that a value has been measured to lead the loss was 57 steps.
 """
 _EPISODE = 12  # steps between two actions of one episode: the patience of LossSpikeRecovery
 _ACTIONS = ("skip", "rollback", "accept", "stop")
-_JUDGED = 20  # values of the loss, fewer of which say nothing about learning
 _UNIFORM = 0.99  # as for AttentionEntropyMonitor
 _ADVICE = {
     "gradient": "What to do: lower the learning rate, warm up for longer, or clip with gradient_clip_val=1.0.",
@@ -50,14 +50,15 @@ def diagnose(series: Series, events: Sequence[Mapping[str, Any]]) -> Diagnosis:
     """The verdict on a run.
 
     It *diverges* when the loss has left its lowest level for good, or is not finite at the end; it was *stopped* by
-    recovery or a guard, it *recovered* from what they answered. It is *not learning* when the loss is no lower than at
-    the beginning, or an observer has found that it learns nothing from context. It is *at risk* when there was an alarm
-    that nobody answered, or most units of a layer are dead.
+    recovery or a guard, it *recovered* from what they answered. It is *not learning* when the loss was flat all along
+    and would have been seen to fall, or an observer has found that nothing is learned and it has not fallen since. It
+    is *at risk* when there was an alarm that nobody answered, unless it was of a gradient, early and only once, or when
+    most units of a layer are dead. Where the numbers do not tell, it is called healthy, without a clear trend.
 
     Args:
         series: ``(step, value)`` pairs, by step, under the keys of the callbacks' catalogue; missing ones are done
-            without. The loss is ``train/loss`` or what comes nearest.
-        events: Lines of ``events.jsonl``.
+            without. The loss is ``train/loss`` or another name that is usual for it; no other loss is judged.
+        events: Lines of ``events.jsonl``, as they were written or by step.
 
     Cost: a tenth of a second for 100,000 values of the loss; the layers' values are looked at around the trouble only.
 
@@ -68,38 +69,50 @@ def diagnose(series: Series, events: Sequence[Mapping[str, Any]]) -> Diagnosis:
         >>> found.verdict, found.culprit, found.first_warning_step
         ('diverging', 'layer_3', 55)
     """
-    key = loss_key(series)
+    key = training_loss_key(series)
     points = series[key] if key else ()
-    events = sorted((event for event in events if isinstance(event.get("step"), int)), key=lambda event: event["step"])
+    known = [event for event in without_undone(events) if isinstance(event.get("step"), int)]
+    events = sorted(known, key=lambda event: event["step"])
     if not points and not events:
-        return Diagnosis("no data", "", None, ("Nothing has been logged yet.",))
+        text = (
+            "No training loss was logged under a name that is known, such as train/loss."
+            if any(map(len, series.values()))
+            else ""
+        )
+        return Diagnosis("no data", "", None, (text or "Nothing has been logged yet.",))
     end = max([step for step, _ in points[-1:]] + [event["step"] for event in events[-1:]])
-    # A level that was accepted as the new normal is where the loss begins.
+    # A level that was accepted as the new normal is where a rise is measured from; what was learnt before counts too.
     begin = max((event["step"] for event in events if event.get("event") == "accept"), default=0)
-    judged = [point for point in points if point[0] >= begin] or list(points)
-    loss = course(judged) if judged else None
+    judged = [point for point in points if point[0] >= begin] or points
+    whole = course(points) if points else None
+    loss = course(judged) if begin and judged else whole
     actions = [event for event in events if event.get("event") in _ACTIONS]
     episodes = _episodes(actions)
     done = _what_was_done(actions, len(episodes))
 
-    if stop := _stopped(actions, end):
+    if stop := _stopped(events, end):
         onset = next(e[0]["step"] for e in episodes if e[-1]["step"] >= stop)
         return _trouble("stopped", f"Stopped at step {stop}: going on did not help.", onset, series, events, done)
     if loss is not None and loss.rises_from is not None:
         return _trouble("diverging", _diverging(loss, judged[-1][1]), loss.rises_from, series, events, done)
-    if reason := _not_learning(loss, len(judged), series, events):
-        warned = [e["step"] for e in events if e.get("alarm") == "attention_uniform" or e.get("id") == "not-learning"]
+    findings = _findings(whole, points, events)
+    if reason := _not_learning(whole, findings, series, events):
+        warned = [e["step"] for e in (*findings, *events) if e in findings or e.get("alarm") == "attention_uniform"]
         advice = (
             "What to do: look at learning rate and warm-up; with post-LN warm up; see that labels fit their inputs."
         )
         return Diagnosis("not learning", "", min(warned, default=None), (f"Not learning: {reason}.", *done, advice))
-    if signs := _unanswered(series, events, actions, end):
+    signs, passed = _unanswered(series, events, actions, end)
+    if signs:
         what = "a layer is all but dead" if signs[0].kind == "neurons" else "there was an alarm that nothing answered"
         return _about("at risk", f"At risk: the loss is well so far, but {what}.", signs, done)
+    if loss is not None and len(judged) < FEWEST and loss.last - loss.first > max(abs(loss.first), 8 * loss.noise):
+        text = f"At risk: {key} went from {loss.first:.4g} to {loss.last:.4g}, in too few values to say more."
+        return Diagnosis("at risk", "", None, (text, *done))
     if episodes:
         text = f"Recovered {_times(len(episodes))}; the loss went on as before."
         return _trouble("recovered", text, episodes[0][0]["step"], series, events, done)
-    return Diagnosis("healthy", "", None, (_healthy(loss, key),))
+    return Diagnosis("healthy", "", None, (_healthy(whole, key, passed), *passed))
 
 
 def _trouble(
@@ -135,25 +148,36 @@ def _episodes(actions: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, An
     return episodes
 
 
-def _stopped(actions: Sequence[Mapping[str, Any]], end: int) -> int | None:
+def _stopped(events: Sequence[Mapping[str, Any]], end: int) -> int | None:
     """The step at which recovery or a guard ended the run, if it was not gone on with."""
-    if not actions or end > actions[-1]["step"] + _EPISODE:
+    last = next((event for event in reversed(events) if event.get("event") in ("resume", *_ACTIONS)), None)
+    if last is None or last["event"] != "stop" or end > last["step"] + _EPISODE:
         return None
-    last = actions[-1]
-    gave_up = last["event"] == "stop" or _whole(last, "in_a_row", 0) >= 10  # the guard's patience
-    return int(last["step"]) if gave_up else None
+    return int(last["step"])
 
 
 def _diverging(loss: Course, last: float) -> str:
     ended = f"{loss.last:.4g}" if math.isfinite(last) and math.isfinite(loss.last) else "a value that is not finite"
-    return f"Diverging since step {loss.rises_from}: the loss had come down to {loss.lowest:.4g} and ends at {ended}."
+    lowest = f"had come down to {loss.lowest:.4g}" if math.isfinite(loss.lowest) else "had no level that was finite"
+    return f"Diverging since step {loss.rises_from}: the loss {lowest} and ends at {ended}."
 
 
-def _not_learning(loss: Course | None, n: int, series: Series, events: Sequence[Mapping[str, Any]]) -> str:
-    noise = 0.0 if loss is None else max(0.01 * abs(loss.first), 3 * loss.noise)
-    if loss is not None and n >= _JUDGED and loss.last > loss.first - min(0.05 * abs(loss.first), noise):
+def _findings(loss: Course | None, points: Points, events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """That nothing is learned, as long as the loss has not fallen since."""
+
+    def has_fallen(step: int) -> bool:
+        then = usual([value for at, value in points if at <= step], 20)
+        return loss is not None and then - loss.last > max(0.01 * abs(then), 2.5 * math.sqrt(2) * loss.noise)
+
+    found = [event for event in events if event.get("event") == "recipe" and event.get("id") == "not-learning"]
+    return [event for event in found if not has_fallen(event["step"])]
+
+
+def _not_learning(
+    loss: Course | None, findings: Sequence[Mapping[str, Any]], series: Series, events: Sequence[Mapping[str, Any]]
+) -> str:
+    if loss is not None and loss.trend == "flat":
         return f"the loss began at {loss.first:.4g} and ends at {loss.last:.4g}"
-    findings = [event for event in events if event.get("event") == "recipe" and event.get("id") == "not-learning"]
     if findings:
         return str(findings[-1].get("text", "the loss is that of guessing by frequency")).rstrip(".")
     if any(event.get("alarm") == "attention_uniform" for event in events):
@@ -169,20 +193,29 @@ def _not_learning(loss: Course | None, n: int, series: Series, events: Sequence[
 
 def _unanswered(
     series: Series, events: Sequence[Mapping[str, Any]], actions: Sequence[Mapping[str, Any]], end: int
-) -> list[Sign]:
-    """Alarms in whose 500 steps nothing was done, and layers that are dead at the end."""
+) -> tuple[list[Sign], tuple[str, ...]]:
+    """Alarms in whose 500 steps nothing was done, and layers that are dead at the end; and alarms that have passed."""
     alarms = [
         event for event in events
         if event.get("event") == "alarm" and event.get("alarm") != "attention_uniform"
         and not any(0 <= action["step"] - event["step"] <= _HORIZON for action in actions)
     ]  # fmt: skip
-    signs = first_signs({}, alarms, 0, end)
+    passed = [alarm for alarm in alarms if _has_passed(alarm, alarms, end)]
+    signs = first_signs({}, [alarm for alarm in alarms if alarm not in passed], 0, end)
     dead = {
         key: points
         for key, points in series.items()
         if key.startswith("dead_neurons/") and len(points) and points[-1][1] >= DEAD
     }
-    return sorted([*signs, *first_signs(dead, (), 0, end)], key=order)
+    once = [f"Only once, at step {s.step}, in {s.where}: {s.text}." for s in first_signs({}, passed, 0, end)[:3]]
+    return sorted([*signs, *first_signs(dead, (), 0, end)], key=order), tuple(once)
+
+
+def _has_passed(alarm: Mapping[str, Any], alarms: Sequence[Mapping[str, Any]], end: int) -> bool:
+    """Whether it was of a gradient, never came again, and is not of the last tenth; attention stays as it is."""
+    kind, step = str(alarm.get("alarm")), alarm["step"]
+    again = any(other.get("alarm") == kind and abs(other["step"] - step) > _EPISODE for other in alarms)
+    return kind.startswith("gradient") and not again and step <= 0.9 * end
 
 
 def _what_was_done(actions: Sequence[Mapping[str, Any]], episodes: int) -> tuple[str, ...]:
@@ -201,10 +234,12 @@ def _what_was_done(actions: Sequence[Mapping[str, Any]], episodes: int) -> tuple
     return (f"What was done: {', '.join(parts)}, in {count(episodes, 'episode')}; it cost {count(lost, 'step')}.",)
 
 
-def _healthy(loss: Course | None, key: str | None) -> str:
+def _healthy(loss: Course | None, key: str | None, passed: Sequence[str]) -> str:
     if loss is None:
-        return "Healthy as far as events tell; no loss was logged."
-    return f"Healthy: {key} went from {loss.first:.4g} to {loss.last:.4g}, and nothing was out of line."
+        return "Healthy as far as events tell; no training loss was logged."
+    trend = ", which is no clear trend" if loss.trend == "unclear" else ""
+    calm = "all is well at the end" if passed else "nothing was out of line"
+    return f"Healthy: {key} went from {loss.first:.4g} to {loss.last:.4g}{trend}, and {calm}."
 
 
 def _whole(event: Mapping[str, Any], key: str, otherwise: int) -> int:

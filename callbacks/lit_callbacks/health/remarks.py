@@ -97,6 +97,8 @@ def _done(kind: str, step: int, event: Mapping[str, Any]) -> tuple[str, str]:
         return "the data has changed, and this level was accepted as the new normal", ""
     if kind == "rollback":
         return f"the weights went back to those of step {to_step}", count(max(lost, 1), "step")
+    if not isinstance(to_step, int):
+        return "too many steps in a row could not be made, and the run was stopped", "the rest of the run"
     good = f"; the weights of step {to_step} are in last_good.ckpt" if lost else ""
     return f"going back did not help, and the run was stopped{good}", "the rest of the run"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lit_callbacks._redaction import redacted
 from lit_callbacks.checkpointing.manifest import SUFFIX
-from lit_callbacks.health import Diagnosis, Points, diagnose
+from lit_callbacks.health import Diagnosis, Points, diagnose, without_undone
 from lit_callbacks.markers import FINISHED, HEARTBEAT, STOPPED
 from lit_callbacks.report._metrics import Numbers, read_csv, read_tensorboard, steps_of
 from lit_callbacks.report._settings import read_settings, without_secrets
@@ -138,7 +138,8 @@ def _events(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         notes.append("There is no events.jsonl: either nothing happened, or no callback that writes it was there.")
         return []
     text = _attempt(lambda: path.read_text(encoding="utf-8", errors="replace"), "", notes)
-    events, bad = [], 0
+    events: list[dict[str, Any]] = []
+    bad = 0
     for line in text.splitlines():
         try:
             event = json.loads(line)
@@ -151,7 +152,7 @@ def _events(path: Path, notes: list[str]) -> list[dict[str, Any]]:
             bad += 1
     if bad:
         notes.append(f"events.jsonl is damaged: {bad} of its lines could not be read and are left out.")
-    return sorted(events, key=lambda event: int(event["step"]))
+    return sorted(map(dict, without_undone(events)), key=lambda event: int(event["step"]))
 
 
 def _checkpoints(folder: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:

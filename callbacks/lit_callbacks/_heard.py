@@ -6,14 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_callbacks._curve import Curve
 from lit_callbacks._redaction import redacted
+from lit_callbacks._trace import Trace
 
 TRAIN_LOSS = "train/loss"
 _SECTIONS = frozenset(
     ("grad_norm", "attention_entropy", "attention_logit_max", "dead_neurons", "residual", "train", "val")
 )
-_POINTS, _LOSS_POINTS = 128, 2000
+_LEVELS = ("train", "val")
+_POINTS, _LOSS_POINTS = 128, 2000  # beside the last 200
 _EVENTS, _ITEMS = 200, 8  # the last events, and the first items of a list in one
 _WAITING = 50  # losses, on the device
 
@@ -22,7 +23,7 @@ class Heard:
     """Values over the steps by key, the last values of heads and of recovery's counters, and the last events."""
 
     def __init__(self) -> None:
-        self.curves: dict[str, Curve] = {}
+        self.curves: dict[str, Trace] = {}
         self.last: dict[str, float] = {}
         self.events: list[dict[str, Any]] = []
         self._losses: list[tuple[int, Tensor]] = []
@@ -33,8 +34,9 @@ class Heard:
             if "_head_" in key or key.startswith("loss_spike/"):
                 self.last[key] = value
             elif key.partition("/")[0] in _SECTIONS or key.endswith("loss"):
-                most = _LOSS_POINTS if key == TRAIN_LOSS else _POINTS
-                self.curves.setdefault(key, Curve(most=most)).add(step, value)
+                if key not in self.curves:
+                    self.curves[key] = _trace(key)
+                self.curves[key].add(step, value)
 
     def keep_loss(self, step: int, loss: Tensor) -> None:
         """A training loss, 0-d, unless its step was not made; the host reads many at once."""
@@ -71,7 +73,7 @@ class Heard:
     def series(self) -> dict[str, list[tuple[int, float]]]:
         """``(step, value)`` pairs by key."""
         self.read_losses()
-        return {key: list(zip(c.steps, c.values, strict=True)) for key, c in self.curves.items() if c.steps}
+        return {key: points for key, curve in self.curves.items() if (points := curve.points)}
 
     def state_dict(self) -> dict[str, Any]:
         """Copies, as plain types."""
@@ -84,6 +86,13 @@ class Heard:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
-        self.curves = {key: Curve(**curve) for key, curve in state["curves"].items()}
+        self.curves = {key: Trace(**curve) for key, curve in state["curves"].items()}
         self.last = dict(state["last"])
         self.events = [dict(event) for event in state["events"]]
+
+
+def _trace(key: str) -> Trace:
+    section = key.partition("/")[0]
+    if section in _LEVELS or key.endswith("loss"):
+        return Trace("first", _LOSS_POINTS if key == TRAIN_LOSS else _POINTS)
+    return Trace("low" if section == "attention_entropy" else "high", _POINTS)

@@ -46,14 +46,15 @@ def wandb_runs(trainer: Trainer) -> list[Any]:
 
 
 def introduce(trainer: Trainer) -> None:
-    """Define what the summary of a key is, and say by tags how the run is made."""
+    """Say by tags how the run is made, and define what the summary of a key is."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    monitored = {key: str(getattr(c, "mode", "min")) for c in callbacks if (key := getattr(c, "monitor", None))}
+    modes = [(getattr(callback, "monitor", None), getattr(callback, "mode", None)) for callback in callbacks]
+    monitored = {key: str(mode) for key, mode in modes if isinstance(key, str) and mode in ("min", "max")}
     strategy = getattr(trainer.strategy, "strategy_name", None) or type(trainer.strategy).__name__
     for run in wandb_runs(trainer):
+        run.tags = tuple(dict.fromkeys([*(run.tags or ()), str(strategy), str(trainer.precision)]))
         for key, best in {**_BEST, **monitored}.items():
             run.define_metric(key, step_metric=STEP, summary=best)
-        run.tags = tuple(dict.fromkeys([*(run.tags or ()), str(strategy), str(trainer.precision)]))
 
 
 class Alerts:

@@ -43,10 +43,12 @@ class Dashboard(Member):
 
     The heat maps are ``heat_maps/attention_entropy`` (layer x head, of :class:`AttentionEntropyMonitor`),
     ``heat_maps/grad_norm`` (layer x time, of :class:`GradientNormLogger`) and ``heat_maps/dead_neurons`` (layer x time,
-    of :class:`DeadNeuronDetector`). The verdict is that of :func:`lit_callbacks.health.diagnose`.
+    of :class:`DeadNeuronDetector`). The verdict is that of :func:`lit_callbacks.health.diagnose`; with several devices
+    the training loss that it judges is that of rank zero.
 
     Without a network, W&B keeps everything in the run folder for ``wandb sync``, alerts too. A logger that raises costs
-    what it was to show and one warning; :func:`~lit_callbacks.shield` also guards against one that blocks.
+    what it was to show and one warning. :func:`~lit_callbacks.shield` also guards against one that blocks while it is
+    given metrics, pictures or tables; alerts, summaries and tags go to the W&B run itself, without that guard.
 
     Logs: no metrics.
 
@@ -58,7 +60,8 @@ class Dashboard(Member):
     Raises:
         ValueError: If an argument is out of range.
 
-    State: for the heat maps and the verdict, at most 128 points of each key and the last 200 events.
+    State: for the heat maps and the verdict, of each key the last 200 points and at most 128 before them (of the
+    training loss 2000), and the last 200 events.
 
     Cost: on rank zero one read by the host in 500 steps. Heat maps take about 0.2 s each and are left out while they
     have taken more than 0.2 % of the run's time.
@@ -100,6 +103,8 @@ class Dashboard(Member):
             folder = run_folder(trainer)
             if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 self._leave()
+                if trainer.global_step == 0:  # a checkpoint is loaded later
+                    self._heard = Heard()
                 self._trainer, self._folder = trainer, folder
                 listen(self, trainer, folder)
 
@@ -135,7 +140,9 @@ class Dashboard(Member):
         if self._trainer is None or optimizer is not trainer.optimizers[0]:
             return
         if step_follows(trainer) and self._loss_cadence.due(trainer.global_step):
-            self._heard.keep_loss(trainer.global_step, facts_of(trainer).losses(trainer).mean())
+            losses = facts_of(trainer).losses(trainer)
+            if len(losses):  # of a loss whose backward pass Lightning has not made nothing is known
+                self._heard.keep_loss(trainer.global_step, losses.mean())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -177,7 +184,7 @@ class Dashboard(Member):
         begin, step = time.monotonic(), max(self._trainer.global_step - 1, 0)
         if step != self._shown_at:
             self._shown_at = step
-            for shown in heat_maps(self._heard.curves, self._heard.last):
+            for shown in heat_maps(self._heard.series(), self._heard.last):
                 show_picture(self._trainer, step, shown.key, draw(shown), self._folder)
         self._spent += time.monotonic() - begin
 

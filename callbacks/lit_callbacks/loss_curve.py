@@ -37,8 +37,7 @@ class LossCurve(Observer):
         unit: Unit of the loss, for the axis label; cross-entropy is in nats.
 
     Raises:
-        ValueError: If ``every_n_steps`` is below 1, if ``filename`` is not a plain file name, or at setup under a
-            strategy that shards gradients.
+        ValueError: If ``every_n_steps`` is below 1, or ``filename`` is not a plain file name.
 
     State: both curves, at most 2000 points each; beyond that every second point is dropped and half as many are taken.
 

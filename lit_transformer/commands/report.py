@@ -67,18 +67,19 @@ def _planned(run: Run) -> Run:
         )
         if not issubclass(cls, Schedule) or steps < 1:
             return run
-        return dataclasses.replace(run, planned=planned(cls(**spec.get("init_args", {})), peak, steps))
+        return dataclasses.replace(run, planned=planned(cls(**spec.get("init_args", {})), peak, steps, run.last_step))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         return run  # an older, foreign or damaged configuration: the rest of the report does without
 
 
-def planned(schedule: Schedule, peak: float, steps: int) -> Points:
-    """The learning rate at up to 500 steps of a run, and where its schedule turns.
+def planned(schedule: Schedule, peak: float, steps: int, last: int) -> Points:
+    """The learning rate at up to 500 steps of a run as far as it has come, and where its schedule turns.
 
     Example:
-        >>> planned(lit_transformer.WarmupConstant(warmup=2), peak=1.0, steps=4)
-        [(0, 0.5), (1, 1.0), (2, 1.0), (3, 1.0)]
+        >>> planned(lit_transformer.WarmupConstant(warmup=2), peak=1.0, steps=4, last=2)
+        [(0, 0.5), (1, 1.0), (2, 1.0)]
     """
-    even = {i * (steps - 1) // _POINTS for i in range(_POINTS + 1)}
-    turns = {step for step in schedule.turning_points(steps).values() if step < steps}
+    last = min(last, steps - 1)
+    even = {i * last // _POINTS for i in range(_POINTS + 1)}
+    turns = {step for step in schedule.turning_points(steps).values() if step <= last}
     return [(step, peak * schedule.multiplier(step, steps)) for step in sorted(even | turns)]

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.memory import is_oom_error
 
 import lit_callbacks
+from lit_callbacks._events import EventLog
 from lit_transformer.commands.checkpoints import (
     find_run,
     is_in_parts,
@@ -269,7 +270,9 @@ class TrainingCLI(LightningCLI):
         trainer["logger"] = [metrics, *(lit_callbacks.shield(logger, patience=10.0) for logger in loggers[1:])]
         dumped = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, format="yaml"))[self.subcommand]
         dumped = lit_callbacks.redacted(dumped)
-        self.report = FitReport(run, f"{settings.trainer.precision} ({self.precision_reason})")
+        self.report = FitReport(
+            run, f"{settings.trainer.precision} ({self.precision_reason})", EventLog(run.path).write
+        )
         callbacks: list[Callback] = [LearningRateMonitor(), self.report, SavedConfig(run, dumped)]
         if trainer["enable_checkpointing"] is False:
             return callbacks
@@ -298,8 +301,6 @@ class TrainingCLI(LightningCLI):
         found = [callback.diagnosis for callback in callbacks if isinstance(callback, lit_callbacks.Dashboard)]
         diagnosis = found[0] if found else None
         verdict, sentences = (diagnosis.verdict, diagnosis.sentences) if diagnosis else ("", ())
-        if verdict in ("healthy", "recovered") and self.report.unlearned is not None:
-            verdict, sentences = "not learning", (self.report.unlearned, *sentences[1:])
         command = next_command(self.run, self.root, verdict) if with_command else ""
         metrics = self.trainer.callback_metrics
         print(f"\n{outcome_table(sentences, metrics, self.trainer.global_step, command)}")

@@ -1,5 +1,6 @@
 """How a run has ended, in one table: the verdict, the numbers, and what to type next."""
 
+import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from lit_transformer.run.folder import RunFolder
 from lit_transformer.run.report import command_for, program_name
 
 _WIDTH = 100
+_BAD = ("at risk", "not learning", "diverging", "stopped")
 _LOSSES = {"train/loss": "{:.4f} in training", "val/loss": "{:.4f} in validation"}
 _DONE = {
     "loss_spike/skipped_steps": "{:.0f} skipped",
@@ -51,7 +53,9 @@ def outcome_table(verdict: Sequence[str], metrics: Mapping[str, Tensor], step: i
 
 
 def next_command(run: RunFolder, root: Path, verdict: str) -> str:
-    """What to type after a run: test what is good, look into what is not."""
-    if verdict in ("diverging", "not learning"):
-        return f"{program_name()} check --config {run.config}"
-    return command_for("test", run, root, "best" if any(run.checkpoints.glob("best-*")) else "last")
+    """What to type after a run: test what is good and was saved, look into what is not."""
+    saved = [name for name in ("best", "last") if any(run.checkpoints.glob(f"{name}*"))]
+    if saved and verdict not in _BAD:
+        return command_for("test", run, root, saved[0])
+    folder = [] if root == Path("runs") else ["--root", str(root)]
+    return f"{program_name()} {shlex.join(['report', '--run', run.path.name, *folder])}"

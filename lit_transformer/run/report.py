@@ -1,8 +1,9 @@
 """What a person wants to read before and after training."""
 
+import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -28,14 +29,14 @@ class FitReport(Callback):
     Args:
         run: The run's folder.
         precision: The precision and why, for the first lines.
+        write_event: Called with the entries of an event when the model is no better than guessing at the end: before
+            fit ends, so that it is part of every verdict on the run.
     """
 
-    def __init__(self, run: RunFolder, precision: str) -> None:
-        self.run, self.precision = run, precision
+    def __init__(self, run: RunFolder, precision: str, write_event: Callable[..., None]) -> None:
+        self.run, self.precision, self._write_event = run, precision, write_event
         self._started = 0.0
         self._costs = ""
-        self.unlearned: str | None = None
-        """What is said of a model that is no better than guessing, once fit has ended."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find out what a step costs, before the model is compiled."""
@@ -92,8 +93,13 @@ class FitReport(Callback):
                 compared = f"{baseline.metric} {float(own):.4f}; {baseline.name}: {baseline.value:.4f}"
                 print(f"  {compared}")
                 if baseline.metric == "loss" and not float(own) < baseline.value:
-                    self.unlearned = (
-                        f"Nothing learned yet: the model is no better than what looks at no input: {compared}."
+                    self._write_event(
+                        step=trainer.global_step,
+                        event="recipe",
+                        id="not-learning",
+                        severity="warning",
+                        text=f"the model is no better than what looks at no input: {compared}",
+                        fix="Train for longer; look at warm-up and learning rate.",
                     )
 
     def print_places(self) -> None:
@@ -181,8 +187,8 @@ def resume_command(run: RunFolder, root: Path, checkpoint: str = "last") -> str:
 
 def command_for(command: str, run: RunFolder, root: Path, checkpoint: str) -> str:
     """The command line that does something with a checkpoint of a run."""
-    folder = "" if root == Path("runs") else f" --trainer.default_root_dir {root}"
-    return f"{program_name()} {command} --run {run.path.name}{folder} --ckpt_path {checkpoint}"
+    folder = [] if root == Path("runs") else ["--trainer.default_root_dir", str(root)]
+    return f"{program_name()} {shlex.join([command, '--run', run.path.name, *folder, '--ckpt_path', checkpoint])}"
 
 
 def program_name() -> str:

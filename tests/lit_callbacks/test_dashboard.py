@@ -1,14 +1,17 @@
 """What those who watch a run from afar get to see."""
 
+import json
 import math
+import random
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from helpers import MemoryLogger, TinyLM, assert_identical, loader, snapshot
+from helpers import MemoryLogger, TinyLM, TwoOptimizers, assert_identical, loader, snapshot
 from lit_callbacks import (
     AttentionEntropyMonitor,
     Dashboard,
@@ -18,9 +21,11 @@ from lit_callbacks import (
     NonFiniteError,
     NonFiniteGuard,
 )
-from lit_callbacks._curve import Curve
+from lit_callbacks._heard import Heard
 from lit_callbacks._heat_maps import draw, heat_maps
+from lit_callbacks._trace import Trace
 from lit_callbacks._wandb_runs import Alerts, event_rows
+from lit_callbacks.health import diagnose
 from lit_callbacks.testing import Fault, FaultInjector
 
 HEAT_MAPS = {"heat_maps/attention_entropy", "heat_maps/grad_norm", "heat_maps/dead_neurons"}
@@ -63,23 +68,25 @@ def monitors():
     ]
 
 
-def curve(points):
-    made = Curve(most=128)
-    for step, value in points.items():
-        made.add(step, value)
-    return made
+def heard(key, points):
+    made = Heard()
+    for step, value in points:
+        made.keep(step, {key: value})
+    return made.series()[key]
 
 
-def test_a_heat_map_has_a_row_for_each_layer_and_a_hole_where_nothing_was_measured():
-    curves = {
-        "grad_norm/layer_0": curve({0: 1.0, 10: 2.0, 20: 4.0}),
-        "grad_norm/layer_1": curve({0: 3.0, 20: 5.0}),
-        "grad_norm/total": curve({0: 9.0, 10: 9.0}),
-        "dead_neurons/mlp": curve({10: 0.5}),
+def test_a_heat_map_has_a_row_for_each_layer_and_a_hole_where_nothing_was_measured_yet():
+    series = {
+        "grad_norm/encoder_block_10": [(0, 1.0), (10, 2.0), (20, 4.0)],
+        "grad_norm/encoder_block_9": [(10, 3.0), (20, 5.0)],
+        "grad_norm/total": [(0, 9.0), (10, 9.0)],
+        "grad_norm/attention_in": [(0, 9.0), (10, 9.0)],
+        "dead_neurons/mlp": [(10, 0.5)],
     }
-    (shown,) = heat_maps(curves, {})  # of the units there is one step only
-    assert (shown.key, shown.rows, shown.columns) == ("heat_maps/grad_norm", ["layer_0", "layer_1"], [0, 10, 20])
-    np.testing.assert_array_equal(shown.values, [[1, 2, 4], [3, np.nan, 5]])
+    (shown,) = heat_maps(series, {})  # of the units there is one step only
+    assert (shown.key, shown.rows) == ("heat_maps/grad_norm", ["encoder_block_9", "encoder_block_10"])
+    assert shown.columns == [0, 7, 14]
+    np.testing.assert_array_equal(shown.values, [[np.nan, 3, 5], [1, 2, 4]])
     heads = {
         "attention_entropy/b_0_head_0": 0.25,
         "attention_entropy/b_0_head_1": 0.5,
@@ -91,24 +98,67 @@ def test_a_heat_map_has_a_row_for_each_layer_and_a_hole_where_nothing_was_measur
 
 
 def test_a_heat_map_of_a_long_run_has_at_most_128_columns():
-    made = curve({step: float(step) for step in range(0, 50_000, 50)})
-    (shown,) = heat_maps({"grad_norm/layer_0": made}, {})
-    assert 64 <= len(shown.columns) <= 128
+    points = [(step, 99.0 if step == 20_050 else 1.0) for step in range(0, 50_000, 50)]
+    (shown,) = heat_maps({"grad_norm/layer_0": heard("grad_norm/layer_0", points)}, {})
+    assert len(shown.columns) == 128
     assert shown.columns[0] == 0
-    assert shown.columns[-1] > 45_000
-    np.testing.assert_array_equal(shown.values[0], shown.columns)
+    assert shown.columns[-1] > 49_000
+    (at,) = np.flatnonzero(shown.values[0] > 1)
+    assert shown.columns[at] <= 20_050 < shown.columns[at + 1]
+
+
+def test_of_a_long_run_the_last_values_and_the_worst_of_those_before_are_known():
+    generator = random.Random(0)
+    steps = range(0, 100_000, 50)
+    spike, sink, late = 30_050, 31_050, 95_000
+    norm = [(step, 80.0 if step in (spike, late) else math.exp(generator.gauss(0, 0.1))) for step in steps]
+    found = heard("grad_norm/layer_3", norm)
+    assert [step for step, value in found if value > 50] == [spike, late]
+    assert found[-200:] == norm[-200:]
+    assert len(found) <= 128 + 200
+    assert [step for step, _ in found] == sorted({step for step, _ in found})
+    entropy = [(step, 0.1 if step == sink else 0.8) for step in steps]
+    assert (sink, 0.1) in heard("attention_entropy/a", entropy)
+    loss = heard("val/loss", [(step, generator.gauss(2.0, 0.5)) for step in steps])
+    assert sum(value for _, value in loss[:-200]) / len(loss[:-200]) == pytest.approx(2.0, abs=0.15), "not its peaks"
+
+
+def test_the_layer_that_a_long_run_diverged_by_is_named():
+    made, generator = Heard(), random.Random(0)
+    for step in range(0, 100_000, 10):
+        if step % 50 == 0:
+            norms = {f"grad_norm/layer_{i}": math.exp(generator.gauss(0, 0.1)) for i in range(4)}
+            if step >= 98_900:
+                norms["grad_norm/layer_2"] *= 60
+            made.keep(step, norms)
+        made.keep(step, {"train/loss": (7.0 if step >= 98_950 else 2.0) + generator.gauss(0, 0.05)})
+    found = diagnose(made.series(), [])
+    assert (found.verdict, found.culprit, found.first_warning_step) == ("diverging", "layer_2", 98_900)
+
+
+def test_what_is_heard_goes_on_from_a_checkpoint_as_if_never_interrupted():
+    whole, half = Trace("high", most=16), Trace("high", most=16)
+    for step in range(1000):
+        whole.add(step, math.sin(step))
+        half.add(step, math.sin(step))
+        if step == 555:
+            half = Trace(**json.loads(json.dumps(half.state_dict())))
+    assert half.points == whole.points
+    whole.cut(700)
+    assert whole.points == [point for point in half.points if point[0] < 700]
+    assert len(whole.points) > 8
 
 
 def test_few_dead_units_do_not_look_like_many_nor_like_none():
     for share, highest in ((0.01, 0.1), (0.3, 0.3)):
-        (shown,) = heat_maps({"dead_neurons/mlp": curve({0: 0.0, 1: share})}, {})
+        (shown,) = heat_maps({"dead_neurons/mlp": [(0, 0.0), (1, share)]}, {})
         assert shown.limits == (0.0, highest)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, math.nan, math.inf])
 def test_any_values_can_be_drawn(value):
     for key in ("grad_norm/layer_0", "dead_neurons/mlp"):
-        (shown,) = heat_maps({key: curve({0: value, 1: value})}, {})
+        (shown,) = heat_maps({key: [(0, value), (1, value)]}, {})
         draw(shown).savefig("/dev/null", format="png")
 
 
@@ -243,12 +293,48 @@ def test_a_resumed_run_shows_the_whole_and_nothing_twice(make_trainer, tmp_path)
     dashboard = Dashboard()
     resumed = make_trainer(max_steps=9, callbacks=[*monitors(), dashboard])
     resumed.fit(TinyLM(), loader(), ckpt_path=tmp_path / "six.ckpt")
-    assert dashboard.state_dict()["curves"]["grad_norm/layer_1"]["steps"] == list(range(9))
-    assert dashboard.state_dict()["curves"]["train/loss"]["steps"] == [0]
-    dashboard = Dashboard()
-    again = make_trainer(max_steps=9, callbacks=[*monitors(), dashboard])
+    assert steps_of(dashboard, "grad_norm/layer_1") == list(range(9))
+    assert steps_of(dashboard, "train/loss") == [0]
+    dashboard.hear_event({"step": 0, "event": "alarm", "alarm": "of this run"})
+    dashboard.hear_values(8, {"loss_spike/rollbacks": 3.0})
+    again = make_trainer(max_steps=7, callbacks=[*monitors(), dashboard])
     again.fit(TinyLM(), loader())  # from the beginning
-    assert dashboard.state_dict()["curves"]["grad_norm/layer_1"]["steps"] == list(range(9))
+    assert steps_of(dashboard, "grad_norm/layer_1") == list(range(7))
+    state = dashboard.state_dict()
+    assert not state["events"]
+    assert "loss_spike/rollbacks" not in state["last"], "of the run before"
+
+
+def test_of_a_loss_that_nobody_has_seen_nothing_is_said(make_trainer):
+    class PlainBackward(TwoOptimizers):
+        def manual_backward(self, loss):
+            loss.backward()
+
+    dashboard = Dashboard()
+    make_trainer(max_steps=8, callbacks=[dashboard]).fit(PlainBackward(), loader())
+    assert "train/loss" not in dashboard.state_dict()["curves"]
+    assert dashboard.diagnosis.verdict == "no data"
+
+
+def test_a_monitor_that_wandb_cannot_summarise_costs_nothing(make_trainer):
+    class Odd(Callback):
+        monitor, mode = "val/loss_per_token", "auto"
+
+    class Strict(FakeRun):
+        def define_metric(self, key, step_metric, summary):
+            assert summary in ("min", "max")
+            if key == "val/perplexity":
+                raise ConnectionError("no network")
+
+    logger = FakeWandb()
+    logger.experiment = Strict()
+    with pytest.warns(UserWarning, match="Dashboard could not show everything: ConnectionError"):
+        make_trainer(max_steps=2, logger=logger, callbacks=[Odd(), Dashboard()]).fit(TinyLM(), loader())
+    assert logger.experiment.tags == ("mine", "single_device", "32-true"), "tags come first"
+
+
+def steps_of(dashboard, key):
+    return [step for step, _ in Trace(**dashboard.state_dict()["curves"][key]).points]
 
 
 def test_events_have_a_place_and_a_text_in_the_table():

@@ -1,10 +1,12 @@
 """The offline report: what is read, what is drawn, and what a browser makes of it."""
 
 import csv
+import dataclasses
 import json
 import math
 import random
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from helpers import TinyLM, loader
 from lit_callbacks import AttentionEntropyMonitor, GradientNormLogger, LossSpikeRecovery
 from lit_callbacks.report import ReportError, as_json, page, read_run, write_report
 from lit_callbacks.report.__main__ import main
+from lit_callbacks.report._settings import flat, plain
 from lit_callbacks.report.downsample import envelope, grid
 from lit_callbacks.testing import Fault, FaultInjector
 
@@ -299,6 +302,11 @@ def test_a_file_that_is_being_written_is_read_up_to_its_torn_end(diverged):
         (b"step,key,value\n", "There are no numbers"),
         (b"step,key,value\n1,train/loss,2.0\n2,train/loss,x\n3\n\0\0\0\n", "3 of its lines could not be read"),
         (b"epoch,step,train_loss\n0,1,2.0\n0,2\n0,3,1.0\n", "1 of its lines could not be read"),
+        (b'step,key,value\n1,"train/loss,2.0\n2,train/loss,3.0\n', "1 of its lines could not be read"),
+        (b'epoch,step,train_loss\n0,"1,2.0\n0,2,3.0\n', "1 of its lines could not be read"),
+        (b"step,key,value\ninf,train/loss,2.0\n1e300,train/loss,2.0\n", "2 of its lines could not be read"),
+        (b"epoch,step,train_loss\n0,inf,2.0\n", "1 of its lines could not be read"),
+        (b'step,key,value\n1,"' + b"x" * 200_000 + b'",2.0\n', "1 of its lines could not be read"),
         (b"\x89PNG\r\n\x1a\n\0\0", "metrics.csv could not be read"),
         (b"a,b\n1,2\n", "have a column called step"),
     ],
@@ -310,6 +318,62 @@ def test_damaged_numbers_are_a_note_on_the_page(tmp_path, content, said):
     assert any(said in note for note in run.notes), run.notes
     assert said in page([run])
     json.loads(as_json([run]))
+
+
+def test_a_stray_quote_costs_its_own_line_only(tmp_path):
+    for header, line in (("step,key,value", "{},train_loss,{}"), ("epoch,step,train_loss", "0,{},{}")):
+        rows = [line.format(step, step / 2) for step in range(9)]
+        (tmp_path / "metrics.csv").write_text("\n".join([header, *rows[:3], f'"{rows[3]}', *rows[4:], ""]))
+        run = read_run(tmp_path)
+        assert run.series["train_loss"] == [(step, step / 2) for step in range(9) if step != 3]
+
+
+def test_what_text_files_cannot_hold_does_not_stop_the_report(tmp_path):
+    folder = tmp_path / "a$b_{$"
+    write_metrics(folder, {"train/loss": losses(), "grad_norm/$x": losses(), "grad_norm/y": losses()})
+    (folder / "events.jsonl").write_text(
+        '{"step": 5, "event": "alarm", "alarm": "new", "where": ["a\\ud800"], "cost": NaN}\n'
+    )
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "a.manifest.json").write_text('{"step": 5, "score": NaN, "suspect": "s3://tok@host"}')
+    run = read_run(folder)
+    assert [checkpoint["name"] for checkpoint in run.checkpoints] == ["a"]
+    for name in ("report.html", "report.json", "report.png"):
+        write_report([run], tmp_path / name)
+    assert "tok@" not in (tmp_path / "report.html").read_text()
+    assert json.loads((tmp_path / "report.json").read_text())["runs"][0]["checkpoints"][0]["score"] == "nan"
+
+
+def test_without_matplotlib_a_picture_is_refused_with_what_to_do(diverged, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ReportError, match=r"needs matplotlib.*take \.html"):
+        write_report([read_run(diverged)], tmp_path / "report.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "secret"),
+    [
+        *((name, True) for name in ("userPassword", "passphrase", "db_pass", "private_key_pem", "access_key_id")),
+        *((name, True) for name in ("tokens", "a.apiKey", "accessKeyId", "hf_tokens", "credentials.user", "token")),
+        *((name, False) for name in ("pad_token", "max_tokens", "key_size", "n_kv_heads", "bypass", "token_dropout")),
+    ],
+)
+def test_a_secret_is_known_by_its_name(name, secret):
+    ((_, shown),) = flat(["x"], name)
+    assert shown == ("<redacted>" if secret else "['x']")
+
+
+@pytest.mark.parametrize("login", ["ghp_x", "user:p@ss", "user:pass", ":pass"])
+def test_logins_of_addresses_are_left_out(login):
+    assert plain({"a": [f"see https://{login}@host/x@y"]}) == {"a": ["see https://<redacted>@host/x@y"]}
+
+
+def test_a_plan_reaches_as_far_as_its_run(tmp_path):
+    write_metrics(tmp_path, {"lr": [(step, 0.1) for step in range(10)]})
+    run = dataclasses.replace(read_run(tmp_path), planned=[(step, 0.1) for step in range(0, 1000, 3)])
+    text = page([run])
+    assert 'data-last="9"' in text
+    assert not re.search(r'data-last="(?!9")', text)
 
 
 def test_events_alone_are_a_page(tmp_path):

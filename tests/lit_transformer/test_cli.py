@@ -84,9 +84,11 @@ def test_a_run_leaves_everything_in_its_folder_and_says_where(cli):
     assert re.search(
         r"^step 20/20  loss .*  lr .*  grad norm .*  skipped 0  rolled back 0  tokens/s", outcome.out, re.M
     )
-    assert "verdict   Nothing learned yet: the model is no better than what looks at no input: loss " in outcome.out
+    unlearned = "Not learning: the model is no better than what looks at no input: loss "
+    assert f"verdict   {unlearned}" in outcome.out
     assert re.search(r"^steps     20, 0 skipped, 0 rolled back, 0 lost by that$", outcome.out, re.M)
-    assert re.search(r"^next      .* check --config runs/a/config.yaml$", outcome.out, re.M)
+    assert re.search(r"^next      .* report --run a$", outcome.out, re.M)
+    assert unlearned in cli("report", "--run", "a").out, "the report says the same"
     assert "Precision: 32-true (as configured)" in outcome.out
     assert "and how the model goes on:" in outcome.out
     assert "step 20/20  loss" in outcome.out

@@ -67,10 +67,14 @@ def test_what_cannot_be_reported_on_is_one_paragraph(call):
 
 
 def test_the_plan_is_the_schedule_of_the_configuration(tmp_path):
-    points = dict(planned(WarmupCosine(warmup=100, min_lr_ratio=0.1), 2e-3, 10_000))
+    schedule = WarmupCosine(warmup=100, min_lr_ratio=0.1)
+    points = dict(planned(schedule, 2e-3, 10_000, last=9_999))
     assert points[99] == pytest.approx(2e-3)
     assert points[9_999] == pytest.approx(2e-4, rel=1e-3)
     assert len(points) <= 503
+    begun = dict(planned(schedule, 2e-3, 100_000, last=1_000))
+    assert max(begun) == 1_000, "a run that has begun is not squeezed into a corner by its plan"
+    assert len(begun) > 400
 
 
 @pytest.mark.parametrize(

@@ -38,5 +38,7 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
             draw(runs, path)
         else:
             path.write_text(page(runs) if path.suffix == ".html" else as_json(runs), encoding="utf-8")
+    except ImportError as error:
+        raise ReportError(f"{path} needs matplotlib, got {error}; pip install matplotlib, or take .html") from error
     except OSError as error:
         raise ReportError(f"cannot write {path}: {error.strerror}; choose another place with --to") from error

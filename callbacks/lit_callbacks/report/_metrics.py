@@ -12,6 +12,7 @@ Numbers = dict[str, list[tuple[int, float]]]
 _LONG = ["step", "key", "value"]
 LARGEST = 3.5e38
 """As far as fp32 goes; what is beyond counts as infinite."""
+_MOST_STEPS = 2**53  # as exact as a float is
 
 
 def read_csv(path: Path) -> tuple[Numbers, int]:
@@ -29,7 +30,7 @@ def read_csv(path: Path) -> tuple[Numbers, int]:
     """
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         lines = (line.replace("\0", "") for line in file)
-        rows = csv.reader(line for line in lines if line.endswith(("\n", "\r")))
+        rows = _rows(line for line in lines if line.endswith(("\n", "\r")))
         header = next(rows, None)
         if header is None:
             return {}, 0
@@ -40,13 +41,32 @@ def read_csv(path: Path) -> tuple[Numbers, int]:
     raise ValueError(f"{path} must begin with the line step,key,value or have a column called step, got {header[:5]}")
 
 
+def _rows(lines: Iterable[str]) -> Iterator[list[str]]:
+    """Each line by itself: in a damaged file a quote must not swallow the lines behind it."""
+    for line in lines:
+        if '"' not in line:
+            yield line.rstrip("\r\n").split(",")
+            continue
+        try:
+            yield next(csv.reader([line]), [])
+        except csv.Error:
+            yield []
+
+
+def _step(text: str) -> int:
+    step = float(text)
+    if not abs(step) < _MOST_STEPS:
+        raise ValueError(f"expected a step, got {text}")
+    return int(step)
+
+
 def _read_long(rows: Iterable[list[str]]) -> tuple[Numbers, int]:
     series: Numbers = {}
     bad = 0
     for row in rows:
         try:
             step, key, value = row
-            point = (int(step), number(value))
+            point = (_step(step), number(value))
         except ValueError:
             bad += row != _LONG
             continue
@@ -63,7 +83,7 @@ def _read_wide(header: list[str], rows: Iterable[list[str]]) -> tuple[Numbers, i
     for row in rows:
         try:
             named = dict(zip(header, row, strict=True))
-            step = int(float(named.pop("step")))
+            step = _step(named.pop("step"))
             numbers = {key: number(value) for key, value in named.items() if value}
         except ValueError:
             bad += 1

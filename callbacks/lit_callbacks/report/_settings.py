@@ -1,5 +1,6 @@
 """A run's configuration as flat text, without secrets."""
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,13 +8,16 @@ from typing import Any
 
 from lit_callbacks._redaction import redacted
 
-# A secret by its name: "hf_token" and "api_key" are, "pad_token", "token_dropout" and "n_kv_heads" are not.
+# A secret by its name, or by that of what it is in: "hf_token" and "apiKey" are, "pad_token", "max_tokens",
+# "token_dropout" and "n_kv_heads" are not.
 _SECRET = re.compile(
-    r"(?:^|[._-])(?:(?:api|access|secret|private|auth|hf|wandb|bearer)[_-]?(?:key|token)|token|passw(?:or)?d|secret|"
-    r"credentials?|authorization)$",
+    r"(?:^|[._-])(?:(?:api|access|secret|private|auth|hf|wandb|bearer)[_-]?(?:key|token)s?(?:[_-](?:id|pem))?|"
+    r"(?<!pad[_-])(?<!eos[_-])(?<!bos[_-])(?<!unk[_-])(?<!sep[_-])(?<!cls[_-])(?<!mask[_-])token|(?<![_-])tokens|"
+    r"[a-z]*passw(?:or)?ds?|passphrases?|pass|pem|secrets?|credentials?|authorization)(?:\.|$)",
     re.IGNORECASE,
 )
-_LOGIN = re.compile(r"(?<=://)[^/@\s:]+:[^/@\s]+(?=@)")
+_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+_LOGIN = re.compile(r"(?<=://)[^/\s]+(?=@)")
 _LONGEST = 400  # characters of a value
 
 
@@ -25,6 +29,22 @@ def without_secrets(text: str) -> str:
         's3://<redacted>@host/bucket'
     """
     return _LOGIN.sub("<redacted>", str(redacted(text)))
+
+
+def plain(data: Any) -> Any:
+    r"""Nested data as text files can hold it: without secrets, lone surrogates and numbers that are not finite.
+
+    Example:
+        >>> plain({"score": float("nan"), "where": ["s3://token@host", "a\ud800"]})
+        {'score': 'nan', 'where': ['s3://<redacted>@host', 'a?']}
+    """
+    if isinstance(data, dict):
+        return {plain(key): plain(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [plain(item) for item in data]
+    if isinstance(data, float) and not math.isfinite(data):
+        return str(data)
+    return without_secrets(data).encode(errors="replace").decode() if isinstance(data, str) else data
 
 
 def flat(config: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -40,10 +60,10 @@ def flat(config: Any, name: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(config, list) and any(isinstance(item, dict) for item in config):
         for i, value in enumerate(config):
             yield from flat(value, f"{name}.{i}")
-    elif config not in (None, "") and _SECRET.search(name):
+    elif config not in (None, "") and _SECRET.search(_HUMP.sub("_", name)):
         yield name, "<redacted>"
     else:
-        yield name, _cut(without_secrets(str(config)))
+        yield name, _cut(plain(str(config)))
 
 
 def read_settings(path: Path) -> dict[str, str]:

@@ -27,8 +27,7 @@ def page(runs: Sequence[Run]) -> str:
     """
     runs = _distinct(runs)
     told = [remarks(run) for run in runs]
-    steps = [run.last_step for run in runs] + [run.planned[-1][0] for run in runs if len(run.planned)]
-    reach = (0, max(1, *steps))
+    reach = (0, max(1, *(run.last_step for run in runs)))
     title = " and ".join(run.name for run in runs)
     named = len(runs) > 1
 

@@ -179,6 +179,7 @@ def _rates(runs: Sequence[Run]) -> list[Line]:
             lines.append(Line(_called(run, runs, f"{key}, actual"), actual, 2 * i))
             # What schedules log is what they planned; recovery may have lowered it.
             planned = run.planned or (rates[key] if actual != rates[key] else ())
+            planned = [point for point in planned if point[0] <= run.last_step]
             lines.append(Line(_called(run, runs, "planned"), planned, 2 * i + 1, quiet=True))
     return lines
 

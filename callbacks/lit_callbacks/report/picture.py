@@ -39,12 +39,14 @@ def draw(runs: Sequence[Run], path: Path, dpi: int = 90) -> None:
     head = 0.25 + 0.19 * (text.count("\n") + 1)
     figure = Figure(figsize=(9, head + sum(height + 0.62 for height in heights)), dpi=dpi, layout="constrained")
     axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    figure.suptitle(f"{runs[0].name}\n{text}", fontsize=9, ha="left", x=0.01)
+    figure.suptitle(f"{runs[0].name}\n{text}", fontsize=9, ha="left", x=0.01, parse_math=False)
     reach = (0, max(1, *(run.last_step for run in runs)))
     for i, run in enumerate(runs):
         _draw_loss(axes[0], run, i, len(runs) > 1)
     axes[0].set(xlim=reach, title="Loss, and what happened over optimizer steps")
-    axes[0].legend(fontsize=7, frameon=False, ncols=4, loc="upper right")
+    legend = axes[0].legend(fontsize=7, frameon=False, ncols=4, loc="upper right")
+    for entry in legend.get_texts():
+        entry.set_parse_math(False)  # a name may hold a $
     for axis, (panel, found) in zip(axes[1:], maps, strict=True):
         cells = np.ma.masked_invalid(np.array(found.cells))
         low, high, log = scale_of(panel, found)
@@ -54,7 +56,8 @@ def draw(runs: Sequence[Run], path: Path, dpi: int = 90) -> None:
         shown = axis.pcolormesh(edges, rows, cells, cmap=colours, norm=norm)
         axis.set(title=panel.title, xlim=reach, ylim=(len(found.names), 0))
         stride = max(1, len(found.names) // 14)
-        axis.set_yticks(np.arange(len(found.names))[::stride] + 0.5, short_names(found.names)[::stride], fontsize=6)
+        places, names = np.arange(len(found.names))[::stride] + 0.5, short_names(found.names)[::stride]
+        axis.set_yticks(places, names, fontsize=6, parse_math=False)
         figure.colorbar(shown, ax=axis, pad=0.01, aspect=8)
     for axis in axes:
         axis.title.set(fontsize=9)

@@ -12,7 +12,7 @@ from lit_callbacks.checkpointing.manifest import SUFFIX
 from lit_callbacks.health import Diagnosis, Points, diagnose, without_undone
 from lit_callbacks.markers import FINISHED, HEARTBEAT, STOPPED
 from lit_callbacks.report._metrics import Numbers, read_csv, read_tensorboard, steps_of
-from lit_callbacks.report._settings import read_settings, without_secrets
+from lit_callbacks.report._settings import plain, read_settings, without_secrets
 
 _QUIET = 300  # seconds without a heartbeat after which a run is not being made any more
 
@@ -74,19 +74,19 @@ def read_run(folder: Path) -> Run:
     folder = _run_folder(folder)
     notes: list[str] = []
     series = _numbers(folder, notes)
-    events = _events(folder / "events.jsonl", notes)
+    events = plain(_events(folder / "events.jsonl", notes))
     settings: dict[str, str] = {}
     for name in ("config.yaml", "hparams.yaml"):
         if (folder / name).is_file() and not settings:
             settings = _attempt(lambda path=folder / name: read_settings(path), {}, notes)
     if not settings:
         notes.append("There is no config.yaml or hparams.yaml: the configuration is not known.")
-    checkpoints = _checkpoints(folder / "checkpoints", notes)
+    checkpoints = tuple(plain(facts) for facts in _checkpoints(folder / "checkpoints", notes))
     name = folder.resolve().name
     if name.startswith("version_"):  # Lightning's loggers call every run so
         name = f"{folder.resolve().parent.name}/{name}"
-    state = _state(folder, notes)
-    return Run(name, folder, series, events, settings, checkpoints, state, tuple(map(without_secrets, notes)))
+    state = plain(_state(folder, notes))
+    return Run(plain(name), folder, series, events, settings, checkpoints, state, tuple(map(plain, notes)))
 
 
 def _run_folder(path: Path) -> Path:

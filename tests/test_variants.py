@@ -21,7 +21,7 @@ def plain(text, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "tensor_parallel"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "tensor_parallel", "fsdp", "zero2", "zero3"])
 def test_variants_have_the_losses_of_the_plain_run_on_one_device(strategy, plain, text, tmp_path):
     first, second = two_ranks(Path(__file__).with_name("variants_worker.py"), tmp_path, strategy, strategy, text)
     for name in VARIANTS:

@@ -21,7 +21,7 @@ VARIANTS = ("checkpointed", "compiled")
 
 def losses(folder, text, strategy, checkpointing=0, compiled=False):
     """Of each step of a short run."""
-    devices, parts, name = STRATEGIES[strategy]
+    devices, parts, make_strategy = STRATEGIES[strategy]
     torch.manual_seed(0)
     config = replace(CONFIG, activation_checkpointing=checkpointing)
     with deferred_weights() if strategy in ("fsdp2", "tensor_parallel") else nullcontext():
@@ -29,7 +29,12 @@ def losses(folder, text, strategy, checkpointing=0, compiled=False):
     data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=8 // parts)
     seen = Losses()
     make_trainer(
-        strategy=name, devices=devices, max_steps=5, limit_val_batches=0, default_root_dir=folder, callbacks=[seen]
+        strategy=make_strategy(),
+        devices=devices,
+        max_steps=5,
+        limit_val_batches=0,
+        default_root_dir=folder,
+        callbacks=[seen],
     ).fit(task, data)
     return {str(step): sum(values) for step, values in seen.found.items()}
 

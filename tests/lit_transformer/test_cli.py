@@ -286,7 +286,8 @@ def test_wandb_and_tensorboard_are_one_word_each(cli, monkeypatch, tmp_path):
     assert run.config["gradient_norm_logger"]["init_args"]["every_n_steps"] == 5
     assert run.tags == ["single_device", "32-true"]
     assert run.summary["val/loss"] == {"min": pytest.approx(min(value for _, value in numbers["val/loss"]))}
-    assert run.summary["health/verdict"] == "healthy"
+    assert run.summary["health/verdict"] == "not learning"
+    assert "verdict   Not learning: " in outcome.out, "the terminal says the same"
     events = EventAccumulator("runs/a/tensorboard")
     events.Reload()
     assert set(events.Tags()["images"]) == pictures

@@ -124,6 +124,7 @@ def test_a_guard_that_gave_up_has_stopped_the_run_whatever_its_patience():
         found = diagnose({"train/loss": falling()[:140]}, [*events[:n], end])
         assert (found.verdict, found.culprit, found.first_warning_step) == ("stopped", "blocks.1.w", 140)
     assert "too many steps in a row could not be made" in str(explain(end))
+    assert diagnose({}, [{"step": 0, "event": "stop"}]).verdict == "stopped", "at the first step, too"
 
 
 def test_what_lay_ahead_of_a_resume_is_undone():

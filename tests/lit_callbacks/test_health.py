@@ -124,6 +124,7 @@ def test_a_guard_that_gave_up_has_stopped_the_run_whatever_its_patience():
         found = diagnose({"train/loss": falling()[:140]}, [*events[:n], end])
         assert (found.verdict, found.culprit, found.first_warning_step) == ("stopped", "blocks.1.w", 140)
     assert "too many steps in a row could not be made" in str(explain(end))
+    assert diagnose({}, [{"step": 0, "event": "stop"}]).verdict == "stopped", "at the first step, too"
 
 
 def test_what_lay_ahead_of_a_resume_is_undone():
@@ -166,6 +167,8 @@ def test_a_finding_that_nothing_is_learned_counts_until_the_loss_falls():
     assert diagnose({"train/loss": late}, [finding]).verdict == "healthy"
     assert diagnose({"train/loss": late[:120]}, [finding]).verdict == "not learning"
     assert diagnose({"train/loss": late}, [{**finding, "step": 1990}]).verdict == "not learning"
+    few = [(i, 4.0 - 0.05 * i) for i in range(10)]
+    assert diagnose({"train/loss": few}, [{**finding, "step": 9}]).verdict == "not learning", "nothing came after it"
 
 
 def test_a_plateau_after_an_accepted_level_is_no_lack_of_learning():
@@ -229,6 +232,8 @@ def test_a_loss_that_was_never_finite_has_no_level():
     assert text.startswith("Diverging since step 0: the loss had no level that was finite")
     (text, *_) = diagnose({"train/loss": [(0, math.inf), *falling()[1:]]}, []).sentences
     assert "inf" not in text
+    last = [*falling(), *((200 + i, math.inf if i < 12 else 2.0) for i in range(18))]
+    assert diagnose({"train/loss": last}, []).verdict == "at risk"
 
 
 def test_the_rise_is_measured_against_noise():

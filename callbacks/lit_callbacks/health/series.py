@@ -99,8 +99,8 @@ def course(points: Points) -> Course:
     rises_from = None if begin is None else int(steps[begin])
     deviation = _scatter(values[-10 * width :])
     error = 1.25 * deviation * math.sqrt(1 / n_first + 1 / width)
-    # A fall within the first values, which their median does not show.
-    hidden = max(values[:n_first]) > last + 3.5 * deviation + 0.05 * first
+    # A fall within the first values, which their median does not show, and values at the end that are not finite.
+    hidden = max(values[:n_first]) > last + 3.5 * deviation + 0.05 * first or not math.isfinite(last)
     from_start = len(values) >= _JUDGED and steps[0] <= max(_NEAR_ZERO, 2 * (steps[1] - steps[0]))
     trend = "unclear"
     if first - last > 2.5 * error:

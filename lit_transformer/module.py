@@ -101,6 +101,11 @@ class LitTransformer(LitTask):
                     "compile_model and activation_checkpointing do not go together under tensor parallelism: set "
                     "compile_model to false, or activation_checkpointing to 0"
                 )
+            if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
+                raise UsageError(
+                    "compile_model does not go with DeepSpeed's stage 3, whose parameters are empty when torch looks "
+                    "at them: set it to false, or take strategy fsdp2"
+                )
             # Gathering parameters is no part of a graph.
             self.model.compile(fullgraph=not shards(strategy))
 

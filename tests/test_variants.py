@@ -24,9 +24,13 @@ def plain(text, tmp_path_factory):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "tensor_parallel", "fsdp", "zero2", "zero3"])
 def test_variants_have_the_losses_of_the_plain_run_on_one_device(strategy, plain, text, tmp_path):
     first, second = two_ranks(Path(__file__).with_name("variants_worker.py"), tmp_path, strategy, strategy, text)
-    for name in VARIANTS:
+    refused = {
+        "tensor_parallel": "compile_model and activation_checkpointing do not go together",
+        "zero3": "compile_model does not go with DeepSpeed's stage 3",
+    }
+    assert first["refused"].startswith(refused.get(strategy, "")), first["refused"]
+    assert bool(first["refused"]) == (strategy in refused)
+    for name in VARIANTS if strategy != "zero3" else VARIANTS[:1]:
         together = {step: (loss + second[name][step]) / 2 for step, loss in first[name].items()}
         assert together == pytest.approx(plain, rel=1e-5), name
-    assert first["graphs"] >= 1
-    refused = "compile_model and activation_checkpointing do not go together" in first["refused"]
-    assert refused == (strategy == "tensor_parallel")
+    assert first.get("graphs", 1) >= 1

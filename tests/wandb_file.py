@@ -38,11 +38,20 @@ def finished(path, seconds=30):
     raise AssertionError(f"{path} is not finished after {seconds} s; call finish() first")
 
 
+def _found(folder, seconds=30):
+    """Another process writes it, when it comes to it."""
+    for _ in range(10 * seconds):
+        if found := list(Path(folder).rglob("offline-run-*/*.wandb")):
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"there is no offline run below {folder} after {seconds} s")
+
+
 class WandbFile:
     """The one offline run below a folder, read once it is finished."""
 
     def __init__(self, folder):
-        (self.path,) = Path(folder).rglob("offline-run-*/*.wandb")
+        (self.path,) = _found(folder)
         self.rows, self.config, self.summary, self.alerts, self.metrics, self.artifacts = [], {}, {}, [], {}, []
         self.tags = []
         for record in finished(self.path):

@@ -63,7 +63,7 @@ def _wandb(run: RunFolder, secret_words: bool) -> WandbLogger:
         )
     logger = WandbLogger(
         name=run.path.name,
-        save_dir=run.path,
+        save_dir=run.path.resolve(),  # the process that writes may have been started in another folder
         id=run.wandb_id.read_text(encoding="utf-8") if known else secrets.token_hex(4),
         project=os.environ.get("WANDB_PROJECT", "lit-transformer"),
         offline=reason is not None,

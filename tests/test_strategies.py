@@ -232,9 +232,10 @@ def test_sharded_on_the_command_line(strategy, tmp_path):
     assert "Trained to step 30" in run(
         "fit", "--config", "tiny.yaml", "--run", "b", "--ckpt_path", "whole.ckpt", "--trainer.max_steps=30"
     )
-    assert "Trained to step 30" in run(
-        "fit", *sharded, "--run", "c", "--ckpt_path", "whole.ckpt", "--trainer.max_steps=30"
-    )
+    if strategy[0] in ("strategy/fsdp2", "strategy/tensor_parallel"):
+        assert "Trained to step 30" in run(
+            "fit", *sharded, "--run", "c", "--ckpt_path", "whole.ckpt", "--trainer.max_steps=30"
+        )
 
 
 @pytest.mark.slow

@@ -55,9 +55,9 @@ def optimizers_as_they_are(trainer: Trainer) -> Iterator[None]:
     """Keep an optimizer that has not stepped yet as it is while its state is asked for.
 
     Of a sharded model, torch takes a step for it, with a learning rate of 0, that Adam counts, and schedule-free ones
-    in their groups (torch 2.13, ``_init_optim_state``).
+    in their groups (torch 2.13, ``_init_optim_state``). ZeRO's, which looks after its own states, is left alone.
     """
-    fresh = [optimizer for optimizer in trainer.optimizers if not optimizer.state]
+    fresh = [o for o in trainer.optimizers if not o.state and not _deepspeed.is_zero(o)]
     groups = [[dict(group) for group in optimizer.param_groups] for optimizer in fresh]
     try:
         yield

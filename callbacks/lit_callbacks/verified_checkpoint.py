@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from lit_callbacks._deepspeed import is_zero
 from lit_callbacks._errors import SetupError
 from lit_callbacks._events import EventLog, run_folder, say
 from lit_callbacks._shards import is_sharded, optimizers_as_they_are
@@ -185,7 +186,8 @@ class VerifiedCheckpoint(SaveSchedule):
         self._recall(trainer)
         if trainer.global_step == 0 and is_sharded(pl_module):
             for optimizer in trainer.optimizers:  # loaded from a checkpoint that others made
-                optimizer.state.clear()
+                if not is_zero(optimizer):
+                    optimizer.state.clear()
         others = {name for name, _ in pl_module.named_buffers()}  # infinite by intention, as masks are
         others |= {name for name, parameter in pl_module.named_parameters() if not parameter.requires_grad}
         self._expected_non_finite = others.intersection(non_finite_tensors(trainer, pl_module))

@@ -40,8 +40,8 @@ class LitTransformer(LitTask):
     Raises:
         ValueError: If an argument is out of range.
         UsageError: At the start of fit, as :class:`~lit_transformer.recipe.LitRecipe` says; if the data's blocks or
-            texts are longer than ``max_length``; if the checkpoint to start from is of another architecture; if a
-            compiled model forgets activations under tensor parallelism.
+            texts are longer than ``max_length``; if the checkpoint to start from is of another architecture; if
+            the model is to be compiled under ZeRO-3, or under tensor parallelism with activation checkpointing.
         IndexError: If a batch has a token id that is not in the vocabulary.
     """
 

@@ -24,13 +24,6 @@ from tiny_config import CONFIG
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"{i * i % 97:03d}, {i:04d}; " for i in range(4000)))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def single(text, tmp_path_factory):
     """What one process gives for a cell."""
     folder = tmp_path_factory.mktemp("single")

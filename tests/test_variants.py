@@ -9,13 +9,6 @@ from variants_worker import VARIANTS, losses
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"{i * i % 97:03d}, {i:04d}; " for i in range(1000)))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def plain(text, tmp_path_factory):
     return losses(tmp_path_factory.mktemp("plain"), text, "single")
 

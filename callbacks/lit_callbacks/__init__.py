@@ -1,6 +1,7 @@
 """Callbacks that watch and protect transformer training, in any PyTorch Lightning project."""
 
 from lit_callbacks._errors import SetupError
+from lit_callbacks._events import EventLog
 from lit_callbacks._recommended import recommended
 from lit_callbacks._redaction import redacted
 from lit_callbacks._step_skipper import DivergenceError
@@ -37,6 +38,7 @@ __all__ = [
     "DeadNeuronDetector",
     "DivergenceError",
     "EarlyStoppingWithRestore",
+    "EventLog",
     "ExactResume",
     "GracefulExit",
     "GracefulShutdown",

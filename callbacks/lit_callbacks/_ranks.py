@@ -38,6 +38,8 @@ def side_by_side(trainer: Trainer, rows: Tensor, nothing: float = 0.0) -> Tensor
         ``(n * ranks of a tensor-parallel group, ...)``; without one, the rows themselves.
     """
     place, ranks = tensor_parallel(trainer)
+    if ranks == 1:
+        return rows
     whole = rows.new_full((ranks, *rows.shape), nothing)
     whole[place] = rows
     return whole.flatten(0, 1)

@@ -79,7 +79,7 @@ def whole_shapes(trainer: Trainer, module: LightningModule) -> dict[int, torch.S
 
 
 def gradient(parameter: Tensor) -> Tensor | None:
-    """A parameter's gradient. Where FSDP1 has left this rank no piece of it, an empty one, as on no other rank None."""
+    """A parameter's gradient; an empty one where FSDP1 has left this rank no piece of it, and others have one."""
     if parameter.grad is None and _is_piece(parameter) and parameter.requires_grad and not parameter.numel():
         return parameter.detach()
     return parameter.grad

@@ -20,7 +20,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.memory import is_oom_error
 
 import lit_callbacks
-from lit_callbacks._events import EventLog
 from lit_transformer.commands.checkpoints import (
     find_run,
     is_in_parts,
@@ -115,10 +114,9 @@ class TrainingCLI(LightningCLI):
         for key, callback in _DEFAULT_CALLBACKS.items():
             default = {"class_path": f"lit_callbacks.{callback.__name__}"}
             add(f"--{key}", type=callback | None, default=default, help="On by default; null leaves it out.")
-        if self.command == "fit":
-            shutdown = lit_callbacks.GracefulShutdown
-            default = {"class_path": f"lit_callbacks.{shutdown.__name__}"}
-            add("--graceful_shutdown", type=shutdown | None, default=default, help="On by default; null leaves it out.")
+        shutdown = lit_callbacks.GracefulShutdown  # of fit alone, whose configuration the other commands take too
+        default = {"class_path": f"lit_callbacks.{shutdown.__name__}"}
+        add("--graceful_shutdown", type=shutdown | None, default=default, help="On by default in fit; or null.")
 
     def _attribute(self, name: str, data: LightningDataModule) -> Any:
         """What a model takes from the data, or from what the checkpoint says of it; None where there is no such."""
@@ -271,7 +269,7 @@ class TrainingCLI(LightningCLI):
         dumped = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, format="yaml"))[self.subcommand]
         dumped = lit_callbacks.redacted(dumped)
         self.report = FitReport(
-            run, f"{settings.trainer.precision} ({self.precision_reason})", EventLog(run.path).write
+            run, f"{settings.trainer.precision} ({self.precision_reason})", lit_callbacks.EventLog(run.path).write
         )
         callbacks: list[Callback] = [LearningRateMonitor(), self.report, SavedConfig(run, dumped)]
         if trainer["enable_checkpointing"] is False:

@@ -53,9 +53,13 @@ def outcome_table(verdict: Sequence[str], metrics: Mapping[str, Tensor], step: i
 
 
 def next_command(run: RunFolder, root: Path, verdict: str) -> str:
-    """What to type after a run: test what is good and was saved, look into what is not."""
-    saved = [name for name in ("best", "last") if any(run.checkpoints.glob(f"{name}*"))]
-    if saved and verdict not in _BAD:
-        return command_for("test", run, root, saved[0])
+    """What to type after a run: test what is good and was saved, as one file; look into what is not."""
     folder = [] if root == Path("runs") else ["--root", str(root)]
-    return f"{program_name()} {shlex.join(['report', '--run', run.path.name, *folder])}"
+    words = ["report", "--run", run.path.name, *folder]
+    saved = [(name, path) for name in ("best", "last") for path in run.checkpoints.glob(f"{name}*.ckpt")]
+    if saved and verdict not in _BAD:
+        name, path = saved[0]
+        if not path.is_dir():
+            return command_for("test", run, root, name)
+        words = ["consolidate", *words[1:], "--ckpt_path", name, "--to", f"{run.path.name}.ckpt"]  # it is in parts
+    return f"{program_name()} {shlex.join(words)}"

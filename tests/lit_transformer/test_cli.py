@@ -19,38 +19,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_callbacks.checkpointing import committed
 from lit_callbacks.checkpointing.manifest import manifest_path
-from lit_transformer.cli import main
 from lit_transformer.run.metrics_file import read_metrics
 from tiny_config import CONFIG
 from wandb_file import WandbFile
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-class Outcome:
-    def __init__(self, code, out, error):
-        self.code, self.out, self.error = code, out, error
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch, capsys):
-    """Run a command in an empty folder that holds config.yaml and text.txt."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("LIT_TRANSFORMER_RUN", raising=False)
-    Path("config.yaml").write_text(yaml.safe_dump(CONFIG))
-    Path("text.txt").write_text("".join(f"the {i}th line of a text, which is long enough\n" for i in range(500)))
-
-    def call(*words):
-        capsys.readouterr()
-        code = 0
-        try:
-            main([str(word) for word in words])
-        except SystemExit as exit_:
-            code = exit_.code
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return call
 
 
 def weights(path):
@@ -105,6 +78,8 @@ def test_the_saved_configuration_starts_the_same_run_again(cli):
     cli("fit", "--config", "config.yaml", "--run", "a")
     cli("fit", "--config", "runs/a/config.yaml", "--run", "b")
     assert Path("runs/a/config.yaml").read_text() == Path("runs/b/config.yaml").read_text()
+    tested = cli("test", "--config", "runs/a/config.yaml", "--run", "a", "--ckpt_path", "last")
+    assert tested.code == 0, tested.error
     first, second = weights("runs/a/checkpoints/last.ckpt"), weights("runs/b/checkpoints/last.ckpt")
     assert all(torch.equal(first[name], second[name]) for name in first)
 

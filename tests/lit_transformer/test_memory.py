@@ -11,7 +11,6 @@ from torch import nn
 
 from hf_models import save_gpt2
 from lit_transformer import LitCausalLM, MuonAdamW
-from lit_transformer.cli import main
 from lit_transformer.commands.memory import activations, batch_shape
 from lit_transformer.errors import UsageError
 from lit_transformer.memory import Held, Load, Room, held_by, optimizer_states, uses
@@ -126,23 +125,9 @@ def test_blocks_of_a_foreign_model_are_found():
 
 
 @pytest.fixture
-def memory(tmp_path, monkeypatch, capsys):
-    """Run the command in a folder with config.yaml and text.txt: code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-    Path("config.yaml").write_text(yaml.safe_dump(CONFIG))
-    Path("text.txt").write_text("a line of a text\n" * 500)
-
-    def run(*words):
-        capsys.readouterr()
-        try:
-            main(["memory", "--config", "config.yaml", *map(str, words)])
-            code = 0
-        except SystemExit as exit_:
-            code = exit_.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+def memory(cli):
+    """Run the command."""
+    return partial(cli, "memory", "--config", "config.yaml")
 
 
 def cells(out):

@@ -26,6 +26,13 @@ def test_it_can_be_typed(tmp_path, monkeypatch, saved, verdict, command):
     assert next_command(run, Path("runs"), verdict).endswith(f" {command}")
 
 
+def test_parts_are_made_one_file_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = RunFolder.create(Path("runs"), "a")
+    (run.checkpoints / "last.ckpt").mkdir(parents=True)
+    assert next_command(run, Path("runs"), "healthy").endswith(" consolidate --run a --ckpt_path last --to a.ckpt")
+
+
 def test_a_root_of_its_own_is_quoted(tmp_path):
     run = RunFolder.create(tmp_path / "my runs", "a")
     assert next_command(run, tmp_path / "my runs", "healthy").endswith(

@@ -5,87 +5,62 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from hf_models import save_bert
 from lit_transformer import LitCausalLM
-from lit_transformer.cli import main
 from lit_transformer.run.config_files import shipped_configs
-from tiny_config import CONFIG
-
-
-@pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
-    """Run a command in a folder with config.yaml and text.txt: code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("LIT_TRANSFORMER_RUN", raising=False)
-    Path("config.yaml").write_text(yaml.safe_dump(CONFIG))
-    Path("text.txt").write_text("".join(f"the {i}th line of a text, which is long enough\n" for i in range(500)))
-
-    def run(*words):
-        capsys.readouterr()
-        try:
-            main([str(word) for word in words])
-            code = 0
-        except SystemExit as exit_:
-            code = exit_.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
 
 TASKS = [path for path in shipped_configs() if path.parent.name == "configs"]
 
 
 @pytest.mark.parametrize("size", ["small", "base"])
-def test_check_says_nothing_about_a_size_on_top(call, size):
+def test_check_says_nothing_about_a_size_on_top(cli, size):
     words = ["--data.init_args.files", "text.txt", "--trainer.val_check_interval", "2"]
-    code, out, _ = call("check", "--config", "gpt", "--config", f"size/{size}", *words)
+    code, out, _ = cli("check", "--config", "gpt", "--config", f"size/{size}", *words)
     assert (code, out) == (0, "Nothing is wrong with this recipe that the rules know of.\n")
 
 
 @pytest.mark.parametrize("config", TASKS, ids=lambda path: path.stem)
-def test_check_says_nothing_about_what_is_shipped(call, config, tmp_path):
+def test_check_says_nothing_about_what_is_shipped(cli, config, tmp_path):
     words = []
     if config.stem == "finetune_classifier":
         folder = save_bert(tmp_path / "model")
         words = ["--model.init_args.path", folder, "--data.init_args.tokenizer", folder]
         words += ["--data.init_args.max_length", "32"]
-    code, out, _ = call("check", "--config", config, *words)
+    code, out, _ = cli("check", "--config", config, *words)
     assert (code, out) == (0, "Nothing is wrong with this recipe that the rules know of.\n")
     assert not Path("runs").exists()
 
 
-def test_check_names_mistakes_and_what_to_do(call):
+def test_check_names_mistakes_and_what_to_do(cli):
     mistakes = ["--model.init_args.schedule", "null", "--model.init_args.config.norm_placement", "post"]
-    code, out, _ = call("check", "--config", "config.yaml", *mistakes, "--trainer.gradient_clip_val", "null")
+    code, out, _ = cli("check", "--config", "config.yaml", *mistakes, "--trainer.gradient_clip_val", "null")
     assert code == 1
     assert [line.partition(":")[0] for line in out.splitlines()] == [
         "error post-ln-without-warmup",
         "warning no-clipping",
     ]
-    code, out, _ = call("check", "--config", "config.yaml", *mistakes, "--silence", "[post-ln-without-warmup]")
+    code, out, _ = cli("check", "--config", "config.yaml", *mistakes, "--silence", "[post-ln-without-warmup]")
     assert (code, out) == (0, "Nothing is wrong with this recipe that the rules know of.\n")
-    code, _, error = call("check", "--config", "config.yaml", "--silence", "[warmup]")
+    code, _, error = cli("check", "--config", "config.yaml", "--silence", "[warmup]")
     assert code == 2
     assert "no finding has the id warmup" in error
 
 
-def test_check_can_learn_one_batch_by_heart(call):
+def test_check_can_learn_one_batch_by_heart(cli):
     wide = ["--config", "config.yaml", "--model.init_args.config.d_model", "64", "--overfit_steps", "60"]
-    code, out, _ = call("check", *wide)
+    code, out, _ = cli("check", *wide)
     assert code == 0
     assert re.fullmatch(r"One batch, 60 steps: the loss goes from 5\.\d+ to [01]\.\d+\.", out.splitlines()[0])
-    code, out, _ = call("check", *wide, "--model.init_args.optimizer.init_args.lr", "1e-6")
+    code, out, _ = cli("check", *wide, "--model.init_args.optimizer.init_args.lr", "1e-6")
     assert code == 1
     assert "error overfit-one-batch: After 60 steps on one batch the loss is 5." in out
 
 
-def test_plot_schedule_draws_every_group_and_prints_where_it_turns(call):
+def test_plot_schedule_draws_every_group_and_prints_where_it_turns(cli):
     schedule = ["--model.init_args.schedule", "lit_transformer.WarmupStableDecay"]
     schedule += ["--model.init_args.schedule.init_args.warmup", "4", "--model.init_args.schedule.init_args.decay", "5"]
-    code, out, _ = call("plot_schedule", "--config", "config.yaml", *schedule, "--to", "figures/curve.png")
+    code, out, _ = cli("plot_schedule", "--config", "config.yaml", *schedule, "--to", "figures/curve.png")
     assert code == 0
     assert out.splitlines() == [
         "20 updates; learning rates of group decay:",
@@ -96,14 +71,14 @@ def test_plot_schedule_draws_every_group_and_prints_where_it_turns(call):
         "Picture: figures/curve.png",
     ]
     assert Path("figures/curve.png").read_bytes().startswith(b"\x89PNG")
-    code, _, error = call("plot_schedule", "--config", "config.yaml", "--model.init_args.schedule.init_args.warmup", 30)
+    code, _, error = cli("plot_schedule", "--config", "config.yaml", "--model.init_args.schedule.init_args.warmup", 30)
     assert code == 2
     assert "a warm-up of 30 updates is longer than the run of 20" in error
 
 
-def test_lr_find_writes_the_curve_and_suggests_what_can_be_pasted(call):
+def test_lr_find_writes_the_curve_and_suggests_what_can_be_pasted(cli):
     quick = ["--min_lr", "1e-4", "--factor", "1.5"]
-    code, out, _ = call("lr_find", "--config", "config.yaml", *quick, "--to", "out/curve.png")
+    code, out, _ = cli("lr_find", "--config", "config.yaml", *quick, "--to", "out/curve.png")
     assert code == 0
     said = ("At most", "Curve", "Suggested")  # and the progress bar
     first, where, suggestion = [line for line in out.splitlines() if line.startswith(said)]
@@ -114,23 +89,23 @@ def test_lr_find_writes_the_curve_and_suggests_what_can_be_pasted(call):
     assert lines[0] == "lr,loss"
     assert lines[1].startswith("0.0001,")
     assert not Path("runs").exists()
-    assert call("check", "--config", "config.yaml", *suggestion.split()[1:])[0] == 0
-    code, _, error = call("lr_find", "--config", "config.yaml", "--factor", "0.5")
+    assert cli("check", "--config", "config.yaml", *suggestion.split()[1:])[0] == 0
+    code, _, error = cli("lr_find", "--config", "config.yaml", "--factor", "0.5")
     assert (code, "factor must be above 1, got 0.5" in error) == (2, True)
 
 
-def test_what_the_optimizer_refuses_is_one_paragraph(call):
-    code, _, error = call("fit", "--config", "config.yaml", "--model.init_args.optimizer.init_args.lr", "-1")
+def test_what_the_optimizer_refuses_is_one_paragraph(cli):
+    code, _, error = cli("fit", "--config", "config.yaml", "--model.init_args.optimizer.init_args.lr", "-1")
     assert code == 2
     assert error.rstrip().endswith("error: AdamW: Invalid learning rate: -1.0")
 
 
-def test_out_of_memory_names_three_settings(call, monkeypatch):
+def test_out_of_memory_names_three_settings(cli, monkeypatch):
     def training_step(self, batch, batch_idx):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nDetails")
 
     monkeypatch.setattr(LitCausalLM, "training_step", training_step)
-    code, _, error = call("fit", "--config", "config.yaml", "--run", "a")
+    code, _, error = cli("fit", "--config", "config.yaml", "--run", "a")
     assert code == 2
     assert error.rstrip().endswith(
         "error: out of memory: CUDA out of memory. Tried to allocate 20.00 GiB. Three settings make a step smaller: "

@@ -7,40 +7,17 @@ import pytest
 import yaml
 
 from lit_transformer import WarmupCosine
-from lit_transformer.cli import main
 from lit_transformer.commands.report import planned
-from tiny_config import CONFIG
 
 
-@pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
-    """Run a command in a folder with config.yaml and text.txt: code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("LIT_TRANSFORMER_RUN", raising=False)
-    Path("config.yaml").write_text(yaml.safe_dump(CONFIG))
-    Path("text.txt").write_text("".join(f"the {i}th line of a text, which is long enough\n" for i in range(500)))
-
-    def run(*words):
-        capsys.readouterr()
-        try:
-            main([str(word) for word in words])
-            code = 0
-        except SystemExit as exit_:
-            code = exit_.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
-def test_a_run_with_a_fault_is_reported_on(call):
+def test_a_run_with_a_fault_is_reported_on(cli):
     faults = [
         "--trainer.callbacks+=lit_callbacks.testing.FaultInjector",
         "--trainer.callbacks.faults=[{kind: nan_loss, step: 11}]",
     ]
-    code, _, error = call("fit", "--config", "config.yaml", "--run", "mine", "--trainer.max_steps=120", *faults)
+    code, _, error = cli("fit", "--config", "config.yaml", "--run", "mine", "--trainer.max_steps=120", *faults)
     assert code == 0, error
-    code, out, _ = call("report")
+    code, out, _ = cli("report")
     assert code == 0
     assert "Report: runs/mine/report.html" in out
     assert "Recovered once" in out
@@ -51,17 +28,17 @@ def test_a_run_with_a_fault_is_reported_on(call):
     assert "step=120.ckpt" in text
     assert "optimizer.init_args.lr" in text
 
-    code, out, _ = call("report", "mine", "runs/mine", "--to", "both.html", "both.json")
+    code, out, _ = cli("report", "mine", "runs/mine", "--to", "both.html", "both.json")
     assert code == 0
     assert [run["verdict"] for run in json.loads(Path("both.json").read_text())["runs"]] == ["recovered"] * 2
 
 
-def test_what_cannot_be_reported_on_is_one_paragraph(call):
-    assert call("report") == (2, "", "\nerror: there are no runs under runs; name one, or give --root FOLDER\n")
-    code, _, error = call("report", "--run", "nope")
+def test_what_cannot_be_reported_on_is_one_paragraph(cli):
+    assert cli("report") == (2, "", "\nerror: there are no runs under runs; name one, or give --root FOLDER\n")
+    code, _, error = cli("report", "--run", "nope")
     assert code == 2
     assert "there is no runs/nope; give the folder that has its metrics.csv" in error
-    code, _, error = call("report", "--nope", "1")
+    code, _, error = cli("report", "--nope", "1")
     assert code == 2
     assert "nope" in error
 
@@ -80,7 +57,7 @@ def test_the_plan_is_the_schedule_of_the_configuration(tmp_path):
 @pytest.mark.parametrize(
     "schedule", ["os.system", "lit_transformer.LitCausalLM", "lit_transformer.WarmupCosine", None, 3]
 )
-def test_a_configuration_from_elsewhere_is_not_run(call, schedule):
+def test_a_configuration_from_elsewhere_is_not_run(cli, schedule):
     folder = Path("runs/foreign")
     folder.mkdir(parents=True)
     (folder / "metrics.csv").write_text("step,key,value\n1,train/loss,2.0\n")
@@ -88,6 +65,6 @@ def test_a_configuration_from_elsewhere_is_not_run(call, schedule):
     arguments = {"schedule": spec, "optimizer": {"init_args": {"lr": 0.1}}}
     config = {"model": {"init_args": arguments}, "trainer": {"max_steps": 10}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    assert call("report", "foreign")[0] == 0
+    assert cli("report", "foreign")[0] == 0
     assert not Path("ran").exists()
     assert '"planned"' not in (folder / "report.html").read_text()

@@ -10,14 +10,15 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import nn
 
-from lit_transformer.deferred import Draws, make_model
 from lit_transformer.distillation import Distillation
 from lit_transformer.errors import UsageError
 from lit_transformer.nn import Transformer, TransformerConfig, check_ids
 from lit_transformer.objectives import Objective
 from lit_transformer.optim import ParamGroups, Schedule, WarmupCosine
-from lit_transformer.parallel import shards, spread
 from lit_transformer.strategies import TensorParallel
+from lit_transformer.strategies.deferred import Draws, make_model
+from lit_transformer.strategies.sharded import shards
+from lit_transformer.strategies.spread import spread
 from lit_transformer.task import LitTask
 from lit_transformer.warm_start import load_body
 

@@ -19,8 +19,8 @@ from lit_transformer.optim import ParamGroups, Plateau, Schedule, WarmupConstant
 from lit_transformer.optim.schedule_free import AveragedWeights, go_on, is_schedule_free
 from lit_transformer.optim.spec import factory_spec, factory_target, instance_spec, load_factory
 from lit_transformer.optim.total_steps import total_steps
-from lit_transformer.parallel import clip_by_norm, give_up_whole, saves_averages, whole_dims
-from lit_transformer.zero import prepare, settle_accumulation
+from lit_transformer.strategies.sharded import clip_by_norm, give_up_whole, saves_averages, whole_dims
+from lit_transformer.strategies.zero import prepare, settle_accumulation
 
 
 class LitRecipe(LightningModule):

@@ -9,7 +9,7 @@ from torch import nn
 from lit_transformer.checkpoint_files import read_checkpoint
 from lit_transformer.errors import UsageError
 from lit_transformer.optim.layers import layer_depths
-from lit_transformer.tensor_parallel import part_of, stacked_orders
+from lit_transformer.strategies.tensor_parallel import part_of, stacked_orders
 
 
 def load_body(module: nn.Module, checkpoint: str | Path) -> None:

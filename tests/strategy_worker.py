@@ -46,8 +46,8 @@ from lit_transformer import (
     WarmupConstant,
 )
 from lit_transformer.commands.consolidate import whole as consolidated
-from lit_transformer.deferred import deferred_weights
 from lit_transformer.errors import UsageError
+from lit_transformer.strategies.deferred import deferred_weights
 
 STEPS = 40
 CONFIG = TransformerConfig(

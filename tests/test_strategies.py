@@ -18,7 +18,7 @@ import strategy_worker
 from helpers import run_ranks
 from lit_transformer.cli import main
 from lit_transformer.commands.consolidate import whole as consolidated
-from lit_transformer.memory import Load, held_by, optimizer_states, uses
+from lit_transformer.strategies.memory import Load, held_by, optimizer_states, uses
 from strategy_worker import GRID, STRATEGIES, Cell, Task, resumed_part
 from tiny_config import CONFIG
 

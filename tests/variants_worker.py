@@ -12,8 +12,8 @@ import torch
 
 from helpers import make_trainer
 from lit_transformer import LanguageModelingData, LitCausalLM
-from lit_transformer.deferred import deferred_weights
 from lit_transformer.errors import UsageError
+from lit_transformer.strategies.deferred import deferred_weights
 from strategy_worker import CONFIG, STRATEGIES, Losses
 
 VARIANTS = ("checkpointed", "compiled")

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from lit_callbacks import LossSpikeRecovery
 from lit_transformer.commands.training import TrainingCLI, quieten
 from lit_transformer.errors import UsageError
-from lit_transformer.memory import Load, Use, held_by, optimizer_states, uses
 from lit_transformer.nn.attention import CrossAttention, SelfAttention
 from lit_transformer.nn.stack import Stack
 from lit_transformer.nn.summary import activation_storages, kept_storages
 from lit_transformer.recipe import LitRecipe
+from lit_transformer.strategies.memory import Load, Use, held_by, optimizer_states, uses
 from lit_transformer.tasks.pretrained import LitPretrained
 
 _DEVICES = 8

@@ -28,7 +28,6 @@ from lit_transformer.commands.checkpoints import (
     read_checkpoint,
     resume_point,
 )
-from lit_transformer.deferred import deferred_weights
 from lit_transformer.errors import TrainingStopped, UsageError
 from lit_transformer.recipe import LitRecipe
 from lit_transformer.run.config_errors import explain
@@ -43,6 +42,7 @@ from lit_transformer.run.progress import RunProgress
 from lit_transformer.run.report import FitReport, metrics_table, resume_command
 from lit_transformer.run.resume import check_same_configuration
 from lit_transformer.run.saved_config import SavedConfig
+from lit_transformer.strategies.deferred import deferred_weights
 
 _DEFERRED = ("fsdp2", "tensor_parallel", "tensorparallel", "modelparallel")
 _SHARDED = (*_DEFERRED, "fsdp", "deepspeed")

@@ -13,8 +13,8 @@ from lit_transformer.module import LitTransformer
 from lit_transformer.nn import generate
 from lit_transformer.nn.summary import summarize
 from lit_transformer.objectives import IGNORED
-from lit_transformer.parallel import shards, size_of
 from lit_transformer.run.folder import RunFolder
+from lit_transformer.strategies.sharded import shards, size_of
 from lit_transformer.task import LitTask
 from lit_transformer.tasks import LitCausalLM, LitPretrained, LitSeq2Seq
 

@@ -10,14 +10,14 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from lit_transformer.deferred import Draws
 from lit_transformer.distillation import Distillation
 from lit_transformer.errors import UsageError
 from lit_transformer.hugging_face import Lora, Task, build, keeps_apart, load, reinitialize, with_lora
 from lit_transformer.nn.positions import document_places
 from lit_transformer.objectives import IGNORED, ClassObjective, Objective, TokenObjective
 from lit_transformer.optim import ParamGroups, Schedule, WarmupCosine
-from lit_transformer.parallel import spread
+from lit_transformer.strategies.deferred import Draws
+from lit_transformer.strategies.spread import spread
 from lit_transformer.task import Batch, LitTask
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids")

@@ -15,7 +15,7 @@ from lit_transformer.nn import EncoderDecoder, TransformerConfig
 from lit_transformer.nn.beam_search import beam_search
 from lit_transformer.objectives import IGNORED, TokenObjective
 from lit_transformer.optim import ParamGroups, Schedule, WarmupCosine
-from lit_transformer.parallel import keep_whole, shards
+from lit_transformer.strategies.sharded import keep_whole, shards
 from lit_transformer.task import Batch
 
 

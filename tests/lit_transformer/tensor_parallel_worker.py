@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from lit_transformer.deferred import Draws
 from lit_transformer.errors import UsageError
 from lit_transformer.nn import EncoderDecoder, MaskedTransformer, Transformer, TransformerConfig
 from lit_transformer.nn.classifier import DecoderClassifier
-from lit_transformer.tensor_parallel import cut, reordered, stacked_orders
+from lit_transformer.strategies.deferred import Draws
+from lit_transformer.strategies.tensor_parallel import cut, reordered, stacked_orders
 
 NO_DROPOUT = {"attention_dropout": 0, "ffn_dropout": 0, "residual_dropout": 0, "embedding_dropout": 0}
 SHAPE = {"vocab_size": 11, "max_length": 8, "d_model": 16, "n_layers": 2, "n_heads": 4, "d_ff": 24} | NO_DROPOUT

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from lit_transformer import LitCausalLM
-from lit_transformer.deferred import deferred_weights, make_model
 from lit_transformer.nn import EncoderDecoder, MaskedTransformer, Transformer, TransformerConfig
 from lit_transformer.nn.classifier import DecoderClassifier
+from lit_transformer.strategies.deferred import deferred_weights, make_model
 from tiny_task import TINY, Blocks, trainer
 
 SHAPE = {"vocab_size": 11, "max_length": 8, "d_model": 16, "n_layers": 2, "n_heads": 4}

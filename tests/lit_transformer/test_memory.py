@@ -13,9 +13,9 @@ from hf_models import save_gpt2
 from lit_transformer import LitCausalLM, MuonAdamW
 from lit_transformer.commands.memory import activations, batch_shape
 from lit_transformer.errors import UsageError
-from lit_transformer.memory import Held, Load, Room, held_by, optimizer_states, uses
 from lit_transformer.nn.blocks import repeated_blocks
 from lit_transformer.nn.summary import summarize
+from lit_transformer.strategies.memory import Held, Load, Room, held_by, optimizer_states, uses
 from tiny_config import CONFIG
 from tiny_task import TINY, Blocks
 

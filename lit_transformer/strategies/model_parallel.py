@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from lit_transformer.checkpoint_files import read_checkpoint
 from lit_transformer.errors import UsageError
 from lit_transformer.optim.schedule_free import go_on
-from lit_transformer.tensor_parallel import part_of, reordered, stacked_orders
+from lit_transformer.strategies.tensor_parallel import part_of, reordered, stacked_orders
 
 
 class TensorParallel(ModelParallelStrategy):

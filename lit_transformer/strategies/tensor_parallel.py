@@ -27,12 +27,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 
-from lit_transformer.deferred import Draws
 from lit_transformer.errors import UsageError
 from lit_transformer.nn import TransformerConfig
 from lit_transformer.nn.attention import CrossAttention, SelfAttention
 from lit_transformer.nn.init import stacked_matrices
 from lit_transformer.nn.stack import Block
+from lit_transformer.strategies.deferred import Draws
 
 _COLUMNS = ("qkv", "q", "kv", "up", "gate_up")
 _ROWS = ("out", "down")

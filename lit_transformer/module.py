@@ -34,7 +34,8 @@ class LitTransformer(LitTask):
         target_batch_tokens: Likewise.
         param_groups: Likewise.
         distillation: See :class:`~lit_transformer.task.LitTask`.
-        init_from: A checkpoint of ours to take the weights from, all but those of another head.
+        init_from: A checkpoint of ours, or the folder of a run, to take the weights from, but for those of another
+            head.
         compile_model: Whether ``torch.compile`` makes one graph of the model for ``fit``.
         network: Makes the model.
 

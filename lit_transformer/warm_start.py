@@ -15,9 +15,11 @@ from lit_transformer.strategies.tensor_parallel import part_of, stacked_orders
 def load_body(module: nn.Module, checkpoint: str | Path) -> None:
     """Copy a checkpoint's weights into a module, in place; what comes after the layers may differ, and then stays.
 
+    From masked language modelling all tokens are taken but the mask, if the module has none.
+
     Args:
         module: The LightningModule to start.
-        checkpoint: A Lightning checkpoint.
+        checkpoint: A Lightning checkpoint, or the folder of a run, whose best one is taken.
 
     Raises:
         UsageError: If the checkpoint cannot be read, or is of another architecture: if an embedding or a layer is
@@ -27,6 +29,10 @@ def load_body(module: nn.Module, checkpoint: str | Path) -> None:
     depths = layer_depths(module)
     top = max(depths.values(), default=0)
     own = dict(module.named_parameters())
+    for name, parameter in own.items():
+        # Masked language modelling has one token more, the mask, behind all others.
+        if name.endswith("token_embedding.weight") and name in weights and len(weights[name]) == len(parameter) + 1:
+            weights[name] = weights[name][:-1]
     fresh = []
     for name, parameter in own.items():
         fits = name in weights and weights[name].shape == parameter.shape

@@ -42,8 +42,9 @@ def main(words: list[str]) -> None:
 
 
 def _folder(root: Path, name: str) -> Path:
-    """A folder, or that of a run's name."""
-    return Path(name) if Path(name).exists() else root / name
+    """That of a run's name, also where another of that name is beside it; or a folder."""
+    run = root / name
+    return Path(name) if Path(name).exists() and not run.exists() else run
 
 
 def _last(root: Path) -> str:

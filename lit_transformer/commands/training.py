@@ -56,6 +56,10 @@ _DEFAULT_CALLBACKS = {
 class OneParagraphParser(LightningArgumentParser):
     """Errors as one sentence with the nearest right name, instead of pages of usage."""
 
+    def parse_args(self, args: Any = None, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """``null`` also for ``--model.init_args.config.KEY``, which comes here as the word None (jsonargparse 4.53)."""
+        return super().parse_args(args and [re.sub("=None$", "=null", word) for word in args], **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what the command line prints."""
         subcommands = getattr(self._subcommands_action, "choices", None) or {}

@@ -171,3 +171,24 @@ def test_a_fine_tuned_classifier_predicts_without_the_folder_it_is_from(cli, tmp
     found = predictions(tmp_path / "runs" / "a" / "predictions.csv")
     assert len(found) == 60
     assert {row["label"] for row in found} <= {"yes", "no"}
+
+
+def test_a_classifier_starts_from_a_run_that_filled_in_masks(cli, tmp_path):
+    write_text(tmp_path / "text.txt")
+    write_table(tmp_path / "table.csv", ("text", "label"), [(f"word {i % 9}", i % 2) for i in range(80)])
+    same = "--model.init_args.config.positions=rotary --model.init_args.config.max_length=32"
+    sizes = "--data.init_args.tokenizer=bytes --data.init_args.batch_size=8"
+    length = "--data.init_args.block_size=32 --trainer.val_check_interval=4"
+    fit(cli, "masked_lm", f"{same} {sizes} {length} --data.init_args.files=text.txt")
+    shape = "--model.init_args.config.norm_placement=pre --model.init_args.config.qk_norm=true"
+    start = "--run=b --model.init_args.init_from=runs/a --data.init_args.max_length=32"
+    words = f"{same} {sizes} {shape} {start} --model.init_args.config.d_ff=null --data.init_args.files=table.csv"
+    fit(cli, "classification", words)
+    name = "model.encoder.token_embedding.weight"
+    before, after = (
+        torch.load(tmp_path / "runs" / run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"][name]
+        for run in ("a", "b")
+    )
+    assert (len(before), len(after)) == (257, 256)  # the last of them is the mask
+    assert (after - before[:-1]).abs().max() < 0.02  # four steps of a classifier at 2e-3 from there
+    assert (after - before[:-1]).abs().mean() < 0.1 * before[:-1].std()

@@ -21,7 +21,7 @@ from lit_callbacks._member import Member
 from lit_callbacks._pictures import logger_kind, show_picture
 from lit_callbacks._redaction import redacted
 from lit_callbacks._step_skipper import DivergenceError
-from lit_callbacks._wandb_runs import Alerts, introduce, keep_checkpoints, log_events, wandb_runs
+from lit_callbacks._wandb_runs import Alerts, hide, introduce, is_of_a_part, keep_checkpoints, log_events, wandb_runs
 from lit_callbacks.health import Diagnosis, diagnose
 
 _LOSS_EVERY = 10  # optimizer steps
@@ -37,7 +37,8 @@ class Dashboard(Member):
       of what ModelCheckpoint and EarlyStopping monitor), tags for strategy and precision, the events as a table, alerts
       (loss spikes, rollbacks, collapsing attention, gradients, a run that hangs, fails or is stopped), heat maps, and
       the columns ``health/verdict``, ``health/culprit``, ``health/first_warning_step``, ``health/rollbacks`` and
-      ``health/steps_lost``;
+      ``health/steps_lost``; what is logged of each layer or group (``grad_norm/<group>``) is in the run, but W&B
+      draws no chart of it unless asked to;
     - *TensorBoard* gets the heat maps, and the verdict as text;
     - where a logger cannot show pictures, or there is none, they are ``figures/heat_maps_*.png`` in the run folder.
 
@@ -93,6 +94,7 @@ class Dashboard(Member):
         self._folder = Path()
         self._warned = False
         self._alerts = Alerts(self.alert_every_minutes)
+        self._hidden: set[str] = set()
         self._shown_at, self._new_events = -1, False
         self._spent = self._started = 0.0
 
@@ -119,9 +121,13 @@ class Dashboard(Member):
         self._started = time.monotonic()
         self._attempt(introduce, trainer)
 
-    def hear_values(self, step: int, values: Mapping[str, float]) -> None:
-        """Keep those that heat maps and verdict are made of."""
+    def hear_values(self, step: int, values: Mapping[str, float], logged: bool) -> None:
+        """Keep those that heat maps and verdict are made of, and let W&B draw no chart of each layer."""
         self._heard.keep(step, values)
+        new = {key for key in values if is_of_a_part(key)} - self._hidden if logged else set()
+        if new and self._trainer is not None:
+            self._hidden |= new
+            self._attempt(hide, self._trainer, sorted(new))
 
     def hear_event(self, event: Mapping[str, Any]) -> None:
         """Keep it, and raise an alert."""

@@ -22,7 +22,7 @@ from lit_callbacks.checkpointing.manifest import manifest_path
 from lit_transformer.run.metrics_file import read_metrics
 from lit_transformer.run.report import FitReport
 from tiny_config import CONFIG
-from wandb_file import WandbFile
+from wandb_file import WandbFile, finished
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -261,6 +261,9 @@ def test_wandb_and_tensorboard_are_one_word_each(cli, monkeypatch, tmp_path):
     assert run.config["data"]["init_args"]["batch_size"] == 4
     assert run.config["gradient_norm_logger"]["init_args"]["every_n_steps"] == 5
     assert run.tags == ["single_device", "32-true"]
+    hidden = {key for key, metric in run.metrics.items() if metric.options.hidden}
+    assert hidden <= run.keys
+    assert {key.partition("/")[0] for key in hidden} >= {"grad_norm", "attention_entropy", "dead_neurons"}
     assert run.summary["val/loss"] == {"min": pytest.approx(min(value for _, value in numbers["val/loss"]))}
     assert run.summary["health/verdict"] == "not learning"
     assert "verdict   Not learning: " in outcome.out, "the terminal says the same"
@@ -274,8 +277,11 @@ def test_wandb_and_tensorboard_are_one_word_each(cli, monkeypatch, tmp_path):
 
     assert cli(*fit, "--ckpt_path", "last", "--trainer.max_steps", 22, "--allow_config_change", "true").code == 0
     wandb.finish()
-    assert len({path.name for path in Path("runs/a/wandb").glob("offline-run-*/*.wandb")}) == 1, "the same run goes on"
-    assert len(list(Path("runs/a/wandb").glob("offline-run-*/*.wandb"))) == 2
+    files = list(Path("runs/a/wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 2
+    assert len({path.name for path in files}) == 1, "the same run goes on"
+    started = [next(r.run for r in finished(path) if r.WhichOneof("record_type") == "run") for path in files]
+    assert all(run.resume for run in started), "wandb sync appends the second to the first"
 
 
 def test_a_logger_that_is_not_installed_is_named(cli, monkeypatch):

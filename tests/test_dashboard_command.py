@@ -1,7 +1,12 @@
-"""The saved W&B workspace, as the object that would be sent: nothing here has a network."""
+"""The saved W&B workspace: as the object that would be sent, and as it comes to a server that stands for W&B's."""
 
+import json
+import os
 import re
+import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -104,3 +109,61 @@ def test_what_the_server_says_against_it_is_passed_on(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["dashboard", "--entity", "me"])
     assert "W&B did not take the workspace: entity me not found" in capsys.readouterr().err
+
+
+@pytest.fixture
+def server():
+    """The address of what answers GraphQL as W&B does, and the workspaces that it was sent."""
+    saved = []
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_POST(self):
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            answer = {"viewer": {"id": "1", "entity": "me", "username": "me", "teams": {"edges": []}}}
+            if "upsertView" in request["query"]:
+                saved.append(request)
+                answer = {"upsertView": {"view": {"id": "2", "name": "nw-abc-v"}, "inserted": True}}
+            body = json.dumps({"data": answer}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    serving = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=serving.serve_forever).start()
+    yield f"http://127.0.0.1:{serving.server_port}", saved
+    serving.shutdown()
+    serving.server_close()
+
+
+def test_the_workspace_comes_to_the_server_whole(model, server, tmp_path):
+    address, saved = server
+    words = ["--entity", "me", "--project", "mine"]
+    done = subprocess.run(
+        [sys.executable, "-c", "from lit_transformer.cli import main; main()", "dashboard", *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={
+            **os.environ,
+            "WANDB_BASE_URL": address,
+            "WANDB_API_KEY": "0123456789" * 4,
+            "WANDB_DIR": str(tmp_path),
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"Workspace 'Training stability' with 8 sections: {address}/me/mine?nw=abc")
+    (request,) = saved
+    assert re.search(r"mutation \w+\(.*\$spec: String.*\) *{\s*upsertView\(", request["query"])
+    sent = request["variables"]
+    assert (sent["entityName"], sent["projectName"], sent["type"]) == ("me", "mine", "project-view")
+    assert sent["displayName"] == "Training stability"
+    assert "id" not in sent, "a new one"
+    banks = [json.loads(sent["spec"]), model["spec"]]
+    arrived, made = ([[p["config"] for p in s["panels"]] for s in sections({"spec": bank})] for bank in banks)
+    assert arrived == made

@@ -5,14 +5,13 @@ import os
 import re
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 import lit_callbacks
 from lit_callbacks.wandb_workspace import SECTIONS, Chart, Pictures
 from lit_transformer.cli import main
+from wandb_double import VIEWER, serving
 
 
 @pytest.fixture
@@ -113,31 +112,17 @@ def test_what_the_server_says_against_it_is_passed_on(monkeypatch, capsys):
 
 @pytest.fixture
 def server():
-    """The address of what answers GraphQL as W&B does, and the workspaces that it was sent."""
+    """The address of what stands for W&B's server, and the workspaces that it was sent."""
     saved = []
 
-    class Answers(BaseHTTPRequestHandler):
-        def do_POST(self):
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            answer = {"viewer": {"id": "1", "entity": "me", "username": "me", "teams": {"edges": []}}}
-            if "upsertView" in request["query"]:
-                saved.append(request)
-                answer = {"upsertView": {"view": {"id": "2", "name": "nw-abc-v"}, "inserted": True}}
-            body = json.dumps({"data": answer}).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    def answer(name, request):
+        if "upsertView" not in request["query"]:
+            return VIEWER
+        saved.append(request)
+        return {"upsertView": {"view": {"id": "2", "name": "nw-abc-v"}, "inserted": True}}
 
-        def log_message(self, *_):
-            pass
-
-    serving = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    threading.Thread(target=serving.serve_forever).start()
-    yield f"http://127.0.0.1:{serving.server_port}", saved
-    serving.shutdown()
-    serving.server_close()
+    with serving(answer) as address:
+        yield address, saved
 
 
 def test_the_workspace_comes_to_the_server_whole(model, server, tmp_path):
@@ -150,6 +135,7 @@ def test_the_workspace_comes_to_the_server_whole(model, server, tmp_path):
         timeout=120,
         env={
             **os.environ,
+            "WANDB_MODE": "online",
             "WANDB_BASE_URL": address,
             "WANDB_API_KEY": "0123456789" * 4,
             "WANDB_DIR": str(tmp_path),

@@ -1,6 +1,9 @@
-"""The saved W&B workspace, as the object that would be sent: nothing here has a network."""
+"""The saved W&B workspace: as the object that would be sent, and as it comes to a server that stands for W&B's."""
 
+import json
+import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -8,6 +11,7 @@ import pytest
 import lit_callbacks
 from lit_callbacks.wandb_workspace import SECTIONS, Chart, Pictures
 from lit_transformer.cli import main
+from wandb_double import VIEWER, serving
 
 
 @pytest.fixture
@@ -104,3 +108,48 @@ def test_what_the_server_says_against_it_is_passed_on(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["dashboard", "--entity", "me"])
     assert "W&B did not take the workspace: entity me not found" in capsys.readouterr().err
+
+
+@pytest.fixture
+def server():
+    """The address of what stands for W&B's server, and the workspaces that it was sent."""
+    saved = []
+
+    def answer(name, request):
+        if "upsertView" not in request["query"]:
+            return VIEWER
+        saved.append(request)
+        return {"upsertView": {"view": {"id": "2", "name": "nw-abc-v"}, "inserted": True}}
+
+    with serving(answer) as address:
+        yield address, saved
+
+
+def test_the_workspace_comes_to_the_server_whole(model, server, tmp_path):
+    address, saved = server
+    words = ["--entity", "me", "--project", "mine"]
+    done = subprocess.run(
+        [sys.executable, "-c", "from lit_transformer.cli import main; main()", "dashboard", *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={
+            **os.environ,
+            "WANDB_MODE": "online",
+            "WANDB_BASE_URL": address,
+            "WANDB_API_KEY": "0123456789" * 4,
+            "WANDB_DIR": str(tmp_path),
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"Workspace 'Training stability' with 8 sections: {address}/me/mine?nw=abc")
+    (request,) = saved
+    assert re.search(r"mutation \w+\(.*\$spec: String.*\) *{\s*upsertView\(", request["query"])
+    sent = request["variables"]
+    assert (sent["entityName"], sent["projectName"], sent["type"]) == ("me", "mine", "project-view")
+    assert sent["displayName"] == "Training stability"
+    assert "id" not in sent, "a new one"
+    banks = [json.loads(sent["spec"]), model["spec"]]
+    arrived, made = ([[p["config"] for p in s["panels"]] for s in sections({"spec": bank})] for bank in banks)
+    assert arrived == made

@@ -11,8 +11,8 @@ from lightning.pytorch import Trainer
 class Listener(Protocol):
     """Hears values and events of a run while they are logged and written; it must not raise."""
 
-    def hear_values(self, step: int, values: Mapping[str, float]) -> None:
-        """Values by metric key, as a callback has measured them together."""
+    def hear_values(self, step: int, values: Mapping[str, float], logged: bool) -> None:
+        """Values by metric key, as a callback has measured them together; and whether the loggers get them too."""
 
     def hear_event(self, event: Mapping[str, Any]) -> None:
         """A line of ``events.jsonl``."""
@@ -38,10 +38,10 @@ def stop_listening(listener: Listener) -> None:
         del _OF_EVENTS[folder]
 
 
-def tell_values(trainer: Trainer, step: int, values: Mapping[str, float]) -> None:
+def tell_values(trainer: Trainer, step: int, values: Mapping[str, float], logged: bool) -> None:
     """Let them hear values that are logged, or that are not because they would be too many lines."""
     for listener in _OF_VALUES.get(trainer, ()):
-        listener.hear_values(step, values)
+        listener.hear_values(step, values, logged)
 
 
 def tell_event(folder: Path, event: Mapping[str, Any]) -> None:

@@ -83,7 +83,7 @@ def publish(
         return
     for logger in trainer.loggers:
         logger.log_metrics(dict(values), step=step)
-    tell_values(trainer, step, values)
+    tell_values(trainer, step, values, logged=True)
     for key in summary:
         # Without the size, Lightning looks for it in the batch, which a step with a `dataloader_iter` does not have.
         pl_module.log(key, values[key], logger=False, on_step=True, on_epoch=False, batch_size=1)

@@ -1,7 +1,7 @@
 """What a W&B run is told beside the metrics: which summary is right, tags, alerts, events, the verdict, checkpoints."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,23 @@ _BEST = {
     "attention_entropy/min": "min",
 }
 """What the summary of a key is; by default it is the last value. By name: W&B ignores a pattern's summary."""
+
+_OF_PARTS = frozenset(
+    (
+        "grad_norm", "grad_nonfinite", "param_norm", "param_nonfinite", "update_ratio", "attention_entropy",
+        "attention_entropy_p5", "attention_collapsed", "attention_logit_max", "attention_first", "dead_neurons",
+        "dormant_neurons", "dormant_persistence", "weight_dead_neurons", "residual",
+    )
+)  # fmt: skip
+"""Sections with a key for each layer, head or group of parameters."""
+_OF_THE_WHOLE = frozenset(
+    (
+        *(f"grad_norm/{name}" for name in ("total", "clipped", "rms", "nonfinite", "vanishing", "exploding")),
+        "grad_norm/threshold", "grad_norm/clip_coefficient", "param_norm/total", "update_ratio/total",
+        "attention_entropy/min", "dead_neurons/window_tokens",
+    )
+)  # fmt: skip
+"""The few others in these."""
 
 _TITLES = {
     "skip": "Loss spike: steps are skipped",
@@ -55,6 +72,26 @@ def introduce(trainer: Trainer) -> None:
         run.tags = tuple(dict.fromkeys([*(run.tags or ()), str(strategy), str(trainer.precision)]))
         for key, best in {**_BEST, **monitored}.items():
             run.define_metric(key, step_metric=STEP, summary=best)
+
+
+def is_of_a_part(key: str) -> bool:
+    """Whether a key is one of the many: of a layer, a head or a group of parameters.
+
+    Example:
+        >>> is_of_a_part("grad_norm/layer_0"), is_of_a_part("grad_norm/total"), is_of_a_part("val/loss")
+        (True, False, False)
+    """
+    return key.partition("/")[0] in _OF_PARTS and key not in _OF_THE_WHOLE
+
+
+def hide(trainer: Trainer, keys: Iterable[str]) -> None:
+    """Keep W&B from drawing a chart of each. They stay in the run, for charts that are asked for.
+
+    By name: of two patterns that match, such as Lightning's ``*``, W&B takes either.
+    """
+    for run in wandb_runs(trainer):
+        for key in keys:
+            run.define_metric(key, step_metric=STEP, hidden=True)
 
 
 class Alerts:

@@ -178,7 +178,7 @@ class AttentionEntropyMonitor(ForwardObserver):
                     )
         super().record(trainer, pl_module, step, values)
         if trainer.state.fn == "fit":
-            tell_values(trainer, step, not_logged)
+            tell_values(trainer, step, not_logged, logged=False)
             self._judge(step, entropies, logits)
 
     def summary(self, values: Mapping[str, float]) -> list[str]:

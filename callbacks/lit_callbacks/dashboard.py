@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -19,9 +20,10 @@ from lit_callbacks._heat_maps import draw, heat_maps
 from lit_callbacks._listeners import listen, stop_listening
 from lit_callbacks._member import Member
 from lit_callbacks._pictures import logger_kind, show_picture
+from lit_callbacks._ranks import rows_of_ranks
 from lit_callbacks._redaction import redacted
 from lit_callbacks._step_skipper import DivergenceError
-from lit_callbacks._wandb_runs import Alerts, introduce, keep_checkpoints, log_events, wandb_runs
+from lit_callbacks._wandb_runs import Alerts, hide, introduce, is_of_a_part, keep_checkpoints, log_events, wandb_runs
 from lit_callbacks.health import Diagnosis, diagnose
 
 _LOSS_EVERY = 10  # optimizer steps
@@ -37,14 +39,15 @@ class Dashboard(Member):
       of what ModelCheckpoint and EarlyStopping monitor), tags for strategy and precision, the events as a table, alerts
       (loss spikes, rollbacks, collapsing attention, gradients, a run that hangs, fails or is stopped), heat maps, and
       the columns ``health/verdict``, ``health/culprit``, ``health/first_warning_step``, ``health/rollbacks`` and
-      ``health/steps_lost``;
+      ``health/steps_lost``; what is logged of each layer or group (``grad_norm/<group>``) is in the run, but W&B
+      draws no chart of it unless asked to;
     - *TensorBoard* gets the heat maps, and the verdict as text;
     - where a logger cannot show pictures, or there is none, they are ``figures/heat_maps_*.png`` in the run folder.
 
     The heat maps are ``heat_maps/attention_entropy`` (layer x head, of :class:`AttentionEntropyMonitor`),
     ``heat_maps/grad_norm`` (layer x time, of :class:`GradientNormLogger`) and ``heat_maps/dead_neurons`` (layer x time,
     of :class:`DeadNeuronDetector`). The verdict is that of :func:`lit_callbacks.health.diagnose`; with several devices
-    the training loss that it judges is that of rank zero.
+    the training loss that it judges is the mean over them.
 
     Without a network, W&B keeps everything in the run folder for ``wandb sync``, alerts too. A logger that raises costs
     what it was to show and one warning. :func:`~lit_callbacks.shield` also guards against one that blocks while it is
@@ -63,8 +66,8 @@ class Dashboard(Member):
     State: for the heat maps and the verdict, of each key the last 200 points and at most 128 before them (of the
     training loss 2000), and the last 200 events.
 
-    Cost: on rank zero one read by the host in 500 steps. Heat maps take about 0.2 s each and are left out while they
-    have taken more than 0.2 % of the run's time.
+    Cost: on rank zero one read by the host in 500 steps; with several devices, one collective of two numbers in ten.
+    Heat maps take about 0.2 s each and are left out while they have taken more than 0.2 % of the run's time.
 
     Example:
         >>> Dashboard(alert_every_minutes=30).every_n_steps
@@ -89,20 +92,23 @@ class Dashboard(Member):
 
     def _leave(self) -> None:
         stop_listening(self)
+        self._on = False
         self._trainer: Trainer | None = None
         self._folder = Path()
         self._warned = False
         self._alerts = Alerts(self.alert_every_minutes)
+        self._hidden: set[str] = set()
         self._shown_at, self._new_events = -1, False
         self._spent = self._started = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin to listen, on rank zero."""
+        """Begin to listen, on rank zero; the others help it to the mean loss."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             folder = run_folder(trainer)
-            if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-                self._leave()
+            self._leave()
+            self._on = not trainer.fast_dev_run  # type: ignore[attr-defined]
+            if self._on and trainer.is_global_zero:
                 if trainer.global_step == 0:  # a checkpoint is loaded later
                     self._heard = Heard()
                 self._trainer, self._folder = trainer, folder
@@ -110,18 +116,22 @@ class Dashboard(Member):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what lies ahead of where this fit begins, and introduce it to W&B."""
+        step = trainer.global_step
+        self._loss_cadence.start(step)
         if self._trainer is None:
             return
-        step = trainer.global_step
         self._cadence.start(step + 1)  # the first heat map is not of one step
-        self._loss_cadence.start(step)
         self._heard.cut(step)
         self._started = time.monotonic()
         self._attempt(introduce, trainer)
 
-    def hear_values(self, step: int, values: Mapping[str, float]) -> None:
-        """Keep those that heat maps and verdict are made of."""
+    def hear_values(self, step: int, values: Mapping[str, float], logged: bool) -> None:
+        """Keep those that heat maps and verdict are made of, and let W&B draw no chart of each layer."""
         self._heard.keep(step, values)
+        new = {key for key in values if is_of_a_part(key)} - self._hidden if logged else set()
+        if new and self._trainer is not None:
+            self._hidden |= new
+            self._attempt(hide, self._trainer, sorted(new))
 
     def hear_event(self, event: Mapping[str, Any]) -> None:
         """Keep it, and raise an alert."""
@@ -132,17 +142,18 @@ class Dashboard(Member):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Let the shared facts see the loss."""
-        if self._trainer is not None:
+        if self._on:
             facts_of(trainer).record_loss(self, trainer.global_step, loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Keep the loss of every tenth step, on the device for now."""
-        if self._trainer is None or optimizer is not trainer.optimizers[0]:
-            return
-        if step_follows(trainer) and self._loss_cadence.due(trainer.global_step):
+        """Keep the loss of every tenth step, the mean over micro-batches and ranks, on the device for now."""
+        first = self._on and optimizer is trainer.optimizers[0] and step_follows(trainer)
+        if first and self._loss_cadence.due(trainer.global_step):
             losses = facts_of(trainer).losses(trainer)
-            if len(losses):  # of a loss whose backward pass Lightning has not made nothing is known
-                self._heard.keep_loss(trainer.global_step, losses.mean())
+            total = losses.sum()
+            total, count = rows_of_ranks(trainer, torch.stack([total, torch.full_like(total, len(losses))])).sum(0)
+            if self._trainer is not None and len(losses):  # of one whose backward pass Lightning has not made is none
+                self._heard.keep_loss(trainer.global_step, total / count)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

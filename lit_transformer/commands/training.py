@@ -4,6 +4,7 @@ import logging
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -35,11 +36,11 @@ from lit_transformer.run.config_files import with_config
 from lit_transformer.run.folder import RunFolder
 from lit_transformer.run.loggers import make_loggers
 from lit_transformer.run.metrics_file import MetricsFile
-from lit_transformer.run.outcome import next_command, outcome_table
+from lit_transformer.run.outcome import go_on_command, next_command, outcome_table
 from lit_transformer.run.precision import choose_precision
 from lit_transformer.run.predictions import PredictionsFile
 from lit_transformer.run.progress import RunProgress
-from lit_transformer.run.report import FitReport, metrics_table, resume_command
+from lit_transformer.run.report import FitReport, metrics_table
 from lit_transformer.run.resume import check_same_configuration
 from lit_transformer.run.saved_config import SavedConfig
 from lit_transformer.strategies.deferred import deferred_weights
@@ -202,27 +203,27 @@ class TrainingCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
-        except (MisconfigurationException, lit_callbacks.SetupError) as error:
-            raise UsageError(str(error)) from error
-        except lit_callbacks.DivergenceError as error:
-            self._print_outcome(with_command=False)
-            how = "" if self.run is None else resume_command(self.run, self.root, str(self.run.last_good))
-            raise TrainingStopped(f"{error}\n  {how}".rstrip()) from error
-        except RuntimeError as error:
-            if "DeepSpeed strategy is only supported on CUDA" in str(error):
-                raise UsageError(f"{error} Take strategy ddp, or fsdp2") from error
-            if not is_oom_error(error):
-                raise
-            raise UsageError(self._room(error)) from error
-        except SystemExit as error:
-            if self.trainer.interrupted and self.run is not None and subcommand == "fit":
-                _say(f"Stopped at step {self.trainer.global_step}. To go on:\n  {resume_command(self.run, self.root)}")
-            if self.trainer.interrupted and error.code == 1:  # Lightning's, for a KeyboardInterrupt
-                raise KeyboardInterrupt from None
+        except BaseException as error:
+            if subcommand == "fit" and self.trainer.interrupted and self.trainer.global_step > 0:
+                self._print_early_end(diverged=isinstance(error, lit_callbacks.DivergenceError))
+            self._explain(error)
             raise
         finally:
             if self.run is not None:
                 self.run.remove_if_empty()
+
+    def _explain(self, error: BaseException) -> None:
+        """Raise what the command line prints as one paragraph, where there is such a thing."""
+        if isinstance(error, (MisconfigurationException, lit_callbacks.SetupError)):
+            raise UsageError(str(error)) from error
+        if isinstance(error, lit_callbacks.DivergenceError):
+            raise TrainingStopped(str(error)) from error
+        if isinstance(error, RuntimeError) and "DeepSpeed strategy is only supported on CUDA" in str(error):
+            raise UsageError(f"{error} Take strategy ddp, or fsdp2") from error
+        if isinstance(error, RuntimeError) and is_oom_error(error):
+            raise UsageError(self._room(error)) from error
+        if isinstance(error, SystemExit) and self.trainer.interrupted and error.code == 1:  # Lightning's, for Ctrl-C
+            raise KeyboardInterrupt from None
 
     def _room(self, error: RuntimeError) -> str:
         """What to change when memory was not enough."""
@@ -292,20 +293,26 @@ class TrainingCLI(LightningCLI):
             return
         if self.checkpoint is not None and self.trainer.global_step == self.checkpoint["global_step"]:
             print(f"The run is at step {self.trainer.global_step} already; to go on, raise --trainer.max_steps.")
-        self._print_outcome(with_command=True)
+        self._print_outcome(partial(next_command, self.run, self.root))
         self.report.print_places()
 
-    def _print_outcome(self, with_command: bool) -> None:
-        """The verdict, the numbers, and what to type next."""
+    def _print_early_end(self, diverged: bool) -> None:
+        """How far a run came that was stopped, or failed, and how to go on with it."""
         if self.run is None or not self.trainer.is_global_zero:
             return
+        # After a KeyboardInterrupt Lightning leaves it as it is, and reading metrics could then wait for other ranks.
+        self.trainer.state.stage = None
+        command = go_on_command(self.run, self.root, diverged)
+        self._print_outcome(lambda verdict: command)
+
+    def _print_outcome(self, command: Callable[[str], str]) -> None:
+        """The verdict, the numbers, and what to type next, which may depend on the verdict."""
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         found = [callback.diagnosis for callback in callbacks if isinstance(callback, lit_callbacks.Dashboard)]
         diagnosis = found[0] if found else None
         verdict, sentences = (diagnosis.verdict, diagnosis.sentences) if diagnosis else ("", ())
-        command = next_command(self.run, self.root, verdict) if with_command else ""
-        metrics = self.trainer.callback_metrics
-        print(f"\n{outcome_table(sentences, metrics, self.trainer.global_step, command)}")
+        table = outcome_table(sentences, self.trainer.callback_metrics, self.trainer.global_step, command(verdict))
+        print(f"\n{table}", flush=True)
 
     def after_validate(self) -> None:
         """Say what was found."""

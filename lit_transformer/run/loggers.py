@@ -67,7 +67,7 @@ def _wandb(run: RunFolder, secret_words: bool) -> WandbLogger:
         id=run.wandb_id.read_text(encoding="utf-8") if known else secrets.token_hex(4),
         project=os.environ.get("WANDB_PROJECT", "lit-transformer"),
         offline=reason is not None,
-        resume=None if reason else "allow",
+        resume="allow",  # offline as well: `wandb sync` then appends what a resumed run has written
         settings={"x_disable_meta": True} if secret_words else None,
     )
     if not known and rank_zero_only.rank == 0:  # type: ignore[attr-defined]

@@ -54,12 +54,23 @@ def outcome_table(verdict: Sequence[str], metrics: Mapping[str, Tensor], step: i
 
 def next_command(run: RunFolder, root: Path, verdict: str) -> str:
     """What to type after a run: test what is good and was saved, as one file; look into what is not."""
-    folder = [] if root == Path("runs") else ["--root", str(root)]
-    words = ["report", "--run", run.path.name, *folder]
     saved = [(name, path) for name in ("best", "last") for path in run.checkpoints.glob(f"{name}*.ckpt")]
-    if saved and verdict not in _BAD:
-        name, path = saved[0]
-        if not path.is_dir():
-            return command_for("test", run, root, name)
-        words = ["consolidate", *words[1:], "--ckpt_path", name, "--to", f"{run.path.name}.ckpt"]  # it is in parts
-    return f"{program_name()} {shlex.join(words)}"
+    if not saved or verdict in _BAD:
+        return _with_root("report", run, root)
+    name, path = saved[0]
+    if path.is_dir():  # it is in parts
+        return _with_root("consolidate", run, root, "--ckpt_path", name, "--to", f"{run.path.name}.ckpt")
+    return command_for("test", run, root, name)
+
+
+def go_on_command(run: RunFolder, root: Path, diverged: bool) -> str:
+    """What to type after a run that was stopped or failed: go on with it; look into one that has saved nothing."""
+    if diverged and run.last_good.is_file():
+        return command_for("fit", run, root, str(run.last_good))
+    saved = any(run.checkpoints.glob("*.ckpt"))
+    return command_for("fit", run, root, "last") if saved else _with_root("report", run, root)
+
+
+def _with_root(command: str, run: RunFolder, root: Path, *words: str) -> str:
+    folder = [] if root == Path("runs") else ["--root", str(root)]
+    return f"{program_name()} {shlex.join([command, '--run', run.path.name, *folder, *words])}"

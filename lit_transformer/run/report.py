@@ -180,11 +180,6 @@ def metrics_table(metrics: Mapping[str, Tensor], first: str) -> str:
     return "\n\n".join("\n".join(lines) for lines in sections.values() if lines)
 
 
-def resume_command(run: RunFolder, root: Path, checkpoint: str = "last") -> str:
-    """The command line that goes on with a run."""
-    return command_for("fit", run, root, checkpoint)
-
-
 def command_for(command: str, run: RunFolder, root: Path, checkpoint: str) -> str:
     """The command line that does something with a checkpoint of a run."""
     folder = [] if root == Path("runs") else ["--trainer.default_root_dir", str(root)]

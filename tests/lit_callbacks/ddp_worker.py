@@ -89,6 +89,15 @@ class Spoilt(TinyLM):
         return super().training_step(batch, batch_idx)
 
 
+class Apart(TinyLM):
+    """The micro-batches of a step have the losses 1 and 2 on rank 0; on rank 1 these are 5 and, at last, infinite."""
+
+    def training_step(self, batch, batch_idx):
+        late = self.trainer.global_step >= 10
+        wanted = [5.0, float("inf") if late else 6.0][batch_idx % 2] if RANK == 1 else 1.0 + batch_idx % 2
+        return 0 * super().training_step(batch, batch_idx) + wanted
+
+
 class OneBranch(TinyLM):
     """Rank 1 never runs the second block."""
 
@@ -171,6 +180,9 @@ def main(out):
     dashboard = Dashboard(every_n_steps=3)
     facts["dashboard"] = fit([GradientNormLogger(1), AttentionEntropyMonitor(1), dashboard], out / "dashboard")
     facts["dashboard"] |= {"heard": sorted(dashboard.state_dict()["curves"]), "judged": dashboard.diagnosis is not None}
+    dashboard = Dashboard()
+    fit([dashboard], out / "judged", module=Apart, n_samples=240, accumulate_grad_batches=2)
+    facts["judged"] = dict(dashboard.state_dict()["curves"].get("train/loss", {}).get("recent", []))
     (out / f"rank_{RANK}.json").write_text(json.dumps(facts))
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+import lit_callbacks
 from helpers import MemoryLogger, TinyLM, TwoOptimizers, assert_identical, loader, snapshot
 from lit_callbacks import (
     AttentionEntropyMonitor,
@@ -24,7 +26,7 @@ from lit_callbacks import (
 from lit_callbacks._heard import Heard
 from lit_callbacks._heat_maps import draw, heat_maps
 from lit_callbacks._trace import Trace
-from lit_callbacks._wandb_runs import Alerts, event_rows
+from lit_callbacks._wandb_runs import Alerts, event_rows, is_of_a_part
 from lit_callbacks.health import diagnose
 from lit_callbacks.testing import Fault, FaultInjector
 
@@ -36,13 +38,17 @@ class FakeRun:
 
     def __init__(self):
         self.alerts, self.summary, self.tags, self.id, self.defined = [], {}, ("mine",), "abc", {}
+        self.hidden = []
 
     def alert(self, title, text, wait_duration):
         self.alerts.append((title, text))
 
-    def define_metric(self, key, step_metric, summary):
+    def define_metric(self, key, step_metric, summary=None, hidden=False):
         assert step_metric == "trainer/global_step"
-        self.defined[key] = summary
+        if hidden:
+            self.hidden.append(key)
+        else:
+            self.defined[key] = summary
 
 
 class FakeWandb(MemoryLogger):
@@ -200,6 +206,31 @@ def test_wandb_is_told_what_was_done_and_how_the_run_went(make_trainer, monkeypa
     assert dashboard.state_dict()["events"][-1]["where"] == ["<redacted: MY_TOKEN>"] * 8
 
 
+def test_what_is_hidden_in_wandb_is_what_the_catalogue_has_for_each_layer_or_group():
+    many, few = set(), set()
+    for name in lit_callbacks.__all__:
+        text = getattr(lit_callbacks, name).__doc__ or ""
+        for key in re.findall(r"^ +(\w+/\S+): ", text, re.MULTILINE):
+            (many if "<" in key else few).add(re.sub(r"<\w+>", "layer_0", key))
+    assert len(many) > 15
+    assert len(few) > 30
+    assert {key for key in many | few if is_of_a_part(key)} == many
+    assert not any(map(is_of_a_part, ("train/loss", "lr/decay", "heat_maps/grad_norm", "events/table")))
+
+
+def test_each_layer_is_hidden_once_and_a_head_only_where_it_is_logged(make_trainer):
+    def hidden(**options):
+        logger = FakeWandb()
+        callbacks = [AttentionEntropyMonitor(every_n_steps=1, **options), Dashboard()]
+        make_trainer(max_steps=3, logger=logger, callbacks=callbacks).fit(TinyLM(), loader())
+        logged = {key for _, metrics in logger.calls for key in metrics if key.startswith("attention")}
+        assert sorted(logger.experiment.hidden) == sorted(logged - {"attention_entropy/min"})
+        return {key for key in logged if "_head_" in key}
+
+    assert not hidden()
+    assert hidden(per_head=True)
+
+
 def test_there_is_an_alert_of_a_rollback(make_trainer):
     logger, injector = FakeWandb(), FaultInjector([Fault("nan_weight", step=27)])
     recovery = LossSpikeRecovery(snapshot_every_n_steps=5, prove_steps=5)
@@ -296,7 +327,7 @@ def test_a_resumed_run_shows_the_whole_and_nothing_twice(make_trainer, tmp_path)
     assert steps_of(dashboard, "grad_norm/layer_1") == list(range(9))
     assert steps_of(dashboard, "train/loss") == [0]
     dashboard.hear_event({"step": 0, "event": "alarm", "alarm": "of this run"})
-    dashboard.hear_values(8, {"loss_spike/rollbacks": 3.0})
+    dashboard.hear_values(8, {"loss_spike/rollbacks": 3.0}, logged=True)
     again = make_trainer(max_steps=7, callbacks=[*monitors(), dashboard])
     again.fit(TinyLM(), loader())  # from the beginning
     assert steps_of(dashboard, "grad_norm/layer_1") == list(range(7))
@@ -321,7 +352,7 @@ def test_a_monitor_that_wandb_cannot_summarise_costs_nothing(make_trainer):
         monitor, mode = "val/loss_per_token", "auto"
 
     class Strict(FakeRun):
-        def define_metric(self, key, step_metric, summary):
+        def define_metric(self, key, step_metric, summary=None, hidden=False):
             assert summary in ("min", "max")
             if key == "val/perplexity":
                 raise ConnectionError("no network")

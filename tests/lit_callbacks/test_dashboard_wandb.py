@@ -9,9 +9,10 @@ from torch.utils.data import DataLoader
 
 from helpers import make_trainer
 from hf_models import save_bert
-from lit_callbacks import AttentionEntropyMonitor, Dashboard, LossSpikeRecovery
+from lit_callbacks import AttentionEntropyMonitor, Dashboard, GradientNormLogger, LossSpikeRecovery
 from wandb_file import WandbFile
 
+OF_ALL_GRADIENTS = [f"grad_norm/{n}" for n in ("total", "clipped", "rms", "nonfinite", "vanishing", "exploding")]
 SECRETS = {"WANDB_API_KEY": "0123456789" * 4, "HF_TOKEN": "hf_swordfish_swordfish"}
 
 
@@ -54,6 +55,7 @@ def wandb_file(tmp_path_factory):
         logger = WandbLogger(project="mine", save_dir=folder, offline=True)
         callbacks = [
             AttentionEntropyMonitor(every_n_steps=2),
+            GradientNormLogger(every_n_steps=2),
             LossSpikeRecovery(),
             Dashboard(every_n_steps=8, checkpoints=True),
         ]
@@ -74,13 +76,31 @@ def test_metrics_are_in_sections_over_the_optimizer_steps(wandb_file):
     sections = {key.partition("/")[0] for key in wandb_file.keys}
     assert sections == {
         "train", "val", "attention_entropy", "attention_entropy_p5", "attention_collapsed", "attention_logit_max",
-        "attention_first", "loss_spike", "heat_maps", "events", "trainer", "epoch",
+        "attention_first", "grad_norm", "loss_spike", "heat_maps", "events", "trainer", "epoch",
     }  # fmt: skip
     assert all("trainer/global_step" in row for row in wandb_file.rows)
     assert wandb_file.metrics["*"].step_metric == "trainer/global_step"
     assert all(
         metric.step_metric == "trainer/global_step" for key, metric in wandb_file.metrics.items() if "loss" in key
     )
+
+
+def test_what_is_of_a_layer_is_in_the_run_and_no_chart_is_made_of_it(wandb_file):
+    hidden = {key for key, metric in wandb_file.metrics.items() if metric.options.hidden}
+    assert hidden == {
+        key
+        for key in wandb_file.keys
+        if key.startswith(("grad_norm/", "attention_")) and key not in ("attention_entropy/min", *OF_ALL_GRADIENTS)
+    }
+    kinds = ("attention_in", "attention_out", "feed_forward_in", "feed_forward_out", "norm", "embedding", "head")
+    assert hidden >= {"grad_norm/layer_0", "grad_norm/layer_1", *(f"grad_norm/{kind}" for kind in kinds)}
+    assert len(hidden) == 5 * 2 + 10, "five keys of two layers' attention, and the groups of the gradient"
+    for key in hidden:
+        definition = wandb_file.metrics[key]
+        assert (definition.step_metric, definition.options.step_sync) == ("trainer/global_step", True)
+        rows = [row for row in wandb_file.rows if key in row]
+        assert [row["trainer/global_step"] for row in rows] == list(range(0, 32, 2))
+        assert wandb_file.summary[key] == rows[-1][key], "the summary is the last value, as of any other key"
 
 
 def test_no_key_comes_twice_for_a_step(wandb_file):
@@ -105,7 +125,7 @@ def test_pictures_and_tables_have_their_step(wandb_file):
     assert steps[0] == 7
     tables = [row["trainer/global_step"] for row in wandb_file.rows if "events/table" in row]
     assert tables == [7, 23]
-    assert len(list(wandb_file.path.parent.glob("files/media/images/heat_maps/*.png"))) == len(steps)
+    assert len(list(wandb_file.path.parent.glob("files/media/images/heat_maps/attention*.png"))) == len(steps)
     written = wandb_file.path.parent.glob("files/media/table/events/*.json")
     assert sorted(path.read_text().count('"skip"') for path in written) == [1, 2]
 

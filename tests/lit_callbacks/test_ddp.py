@@ -180,3 +180,9 @@ def test_rank_zero_alone_shows_what_all_have_measured(ranks):
     pictures = {path.name for path in (out / "dashboard" / "figures").iterdir()}
     assert pictures == {"heat_maps_attention_entropy.png", "heat_maps_grad_norm.png"}
     assert rank_0["dashboard"]["weights"] == rank_0["plain"]["weights"]
+
+
+def test_the_loss_that_is_judged_is_the_mean_over_ranks_and_micro_batches(ranks):
+    (rank_0, rank_1), _ = ranks
+    assert rank_0["judged"] == {"0": (1 + 2 + 5 + 6) / 4, "10": float("inf")}, "the second step is bad on rank 1 alone"
+    assert rank_1["judged"] == {}

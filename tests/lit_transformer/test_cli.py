@@ -20,8 +20,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lit_callbacks.checkpointing import committed
 from lit_callbacks.checkpointing.manifest import manifest_path
 from lit_transformer.run.metrics_file import read_metrics
+from lit_transformer.run.report import FitReport
 from tiny_config import CONFIG
-from wandb_file import WandbFile
+from wandb_file import WandbFile, finished
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -260,6 +261,9 @@ def test_wandb_and_tensorboard_are_one_word_each(cli, monkeypatch, tmp_path):
     assert run.config["data"]["init_args"]["batch_size"] == 4
     assert run.config["gradient_norm_logger"]["init_args"]["every_n_steps"] == 5
     assert run.tags == ["single_device", "32-true"]
+    hidden = {key for key, metric in run.metrics.items() if metric.options.hidden}
+    assert hidden <= run.keys
+    assert {key.partition("/")[0] for key in hidden} >= {"grad_norm", "attention_entropy", "dead_neurons"}
     assert run.summary["val/loss"] == {"min": pytest.approx(min(value for _, value in numbers["val/loss"]))}
     assert run.summary["health/verdict"] == "not learning"
     assert "verdict   Not learning: " in outcome.out, "the terminal says the same"
@@ -273,8 +277,11 @@ def test_wandb_and_tensorboard_are_one_word_each(cli, monkeypatch, tmp_path):
 
     assert cli(*fit, "--ckpt_path", "last", "--trainer.max_steps", 22, "--allow_config_change", "true").code == 0
     wandb.finish()
-    assert len({path.name for path in Path("runs/a/wandb").glob("offline-run-*/*.wandb")}) == 1, "the same run goes on"
-    assert len(list(Path("runs/a/wandb").glob("offline-run-*/*.wandb"))) == 2
+    files = list(Path("runs/a/wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 2
+    assert len({path.name for path in files}) == 1, "the same run goes on"
+    started = [next(r.run for r in finished(path) if r.WhichOneof("record_type") == "run") for path in files]
+    assert all(run.resume for run in started), "wandb sync appends the second to the first"
 
 
 def test_a_logger_that_is_not_installed_is_named(cli, monkeypatch):
@@ -457,6 +464,11 @@ def start(*words):
     )
 
 
+def rows(out):
+    """What the table at the end says, by the name of the row."""
+    return dict(re.findall(r"^(verdict|loss|steps|next) +(.*)$", out, re.MULTILINE))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ctrl_c_leaves_a_usable_checkpoint_and_says_how_to_go_on(cli, workers):
     words = ["fit", "--config", "config.yaml", "--run", "a", "--trainer.max_steps", 100_000]
@@ -471,9 +483,13 @@ def test_ctrl_c_leaves_a_usable_checkpoint_and_says_how_to_go_on(cli, workers):
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130, out
     assert "Traceback" not in out
-    assert "python cli.py fit --run a --ckpt_path last" in out
     stopped_at = torch.load("runs/a/checkpoints/last.ckpt", weights_only=True)["global_step"]
-    assert f"Stopped at step {stopped_at}." in out
+    assert stopped_at > 0
+    table = rows(out)
+    assert list(table) == ["verdict", "loss", "steps", "next"]
+    assert re.fullmatch(r"[\d.]+ in training, [\d.]+ in validation", table["loss"])
+    assert table["steps"].startswith(f"{stopped_at:,}, 0 skipped")
+    assert table["next"] == "python cli.py fit --run a --ckpt_path last"
     goes_on = cli("fit", "--run", "a", "--ckpt_path", "last", "--trainer.max_steps", stopped_at + 3)
     assert f"Trained to step {stopped_at + 3}" in goes_on.out
 
@@ -502,13 +518,53 @@ def test_a_run_that_recovery_stops_says_so_and_exits_with_3(cli):
     budget = ["--loss_spike_recovery.max_rollbacks", 2]
     outcome = cli("fit", "--config", "config.yaml", "--run", "a", *injector, *budget)
     assert outcome.code == 3
-    assert re.search(r"^verdict   Stopped at step \d+", outcome.out, re.MULTILINE)
+    assert rows(outcome.out)["verdict"].startswith("Stopped at step ")
     assert re.search(r"Stopped at step \d+: not finite.*runs/a/last_good.ckpt", outcome.error)
     assert all(value.isfinite().all() for value in weights("runs/a/last_good.ckpt").values())
     events = [json.loads(line) for line in Path("runs/a/events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events if event["event"] in ("rollback", "stop")] == ["rollback"] * 2 + ["stop"]
-    how = outcome.error.rstrip().splitlines()[-1].split()
+    how = rows(outcome.out)["next"].split()
     assert how[-4:] == ["--run", "a", "--ckpt_path", "runs/a/last_good.ckpt"]
     resumed = cli("fit", *how[-4:], "--trainer.callbacks", "null")
     assert resumed.code == 0
     assert weights("runs/a/checkpoints/last.ckpt").keys() == weights("runs/a/last_good.ckpt").keys()
+
+
+def test_a_run_that_fails_says_how_far_it_came_and_how_to_go_on(cli, capsys, monkeypatch):
+    def break_down(self, trainer, *_):
+        if trainer.global_step == 12 and faults:
+            raise faults.pop()
+
+    faults = [KeyError("broken")]
+    monkeypatch.setattr(FitReport, "on_train_batch_start", break_down)
+    with pytest.raises(KeyError, match="broken"):
+        cli("fit", "--config", "config.yaml", "--run", "a", "--checkpoint_every_n_steps", 5)
+    table = rows(capsys.readouterr().out)
+    assert list(table) == ["verdict", "loss", "steps", "next"]
+    assert table["steps"].startswith("12, 0 skipped")
+    goes_on = cli(*table["next"].split()[-5:])
+    assert (goes_on.code, rows(goes_on.out)["steps"].split(",")[0]) == (0, "20")
+
+
+def test_ctrl_c_without_graceful_shutdown_says_the_same(cli, monkeypatch):
+    def press(self, trainer, *_):
+        if trainer.global_step == 12:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(FitReport, "on_train_batch_start", press)
+    handler = signal.getsignal(signal.SIGINT)
+    outcome = cli("fit", "--config", "config.yaml", "--run", "a", "--graceful_shutdown", "null")
+    signal.signal(signal.SIGINT, handler)  # which Lightning has switched off for the rest of the process
+    assert outcome.code == 130
+    assert rows(outcome.out)["steps"].startswith("12, 0 skipped")
+    assert rows(outcome.out)["next"].endswith(" fit --run a --ckpt_path last"), "from the best, at step 10"
+
+
+def test_of_a_run_that_never_began_there_is_nothing_to_say(cli, capsys, monkeypatch):
+    def break_down(*_):
+        raise KeyError("broken")
+
+    monkeypatch.setattr(FitReport, "on_train_start", break_down)
+    with pytest.raises(KeyError, match="broken"):
+        cli("fit", "--config", "config.yaml", "--run", "a")
+    assert not rows(capsys.readouterr().out)

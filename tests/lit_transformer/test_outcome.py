@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lit_transformer.run.folder import RunFolder
-from lit_transformer.run.outcome import next_command
+from lit_transformer.run.outcome import go_on_command, next_command
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,21 @@ def test_a_root_of_its_own_is_quoted(tmp_path):
     assert next_command(run, tmp_path / "my runs", "healthy").endswith(
         f"report --run a --root '{tmp_path / 'my runs'}'"
     )
+
+
+@pytest.mark.parametrize(
+    ("saved", "diverged", "command"),
+    [
+        (["checkpoints/last.ckpt"], False, "fit --run a --ckpt_path last"),
+        (["checkpoints/step=4.ckpt"], True, "fit --run a --ckpt_path last"),
+        (["checkpoints/last.ckpt", "last_good.ckpt"], False, "fit --run a --ckpt_path last"),  # of an earlier stop
+        (["checkpoints/last.ckpt", "last_good.ckpt"], True, "fit --run a --ckpt_path runs/a/last_good.ckpt"),
+        ([], False, "report --run a"),
+    ],
+)
+def test_a_run_that_was_stopped_goes_on_from_what_it_has(tmp_path, monkeypatch, saved, diverged, command):
+    monkeypatch.chdir(tmp_path)
+    run = RunFolder.create(Path("runs"), "a")
+    for name in saved:
+        (run.path / name).touch()
+    assert go_on_command(run, Path("runs"), diverged).endswith(f" {command}")

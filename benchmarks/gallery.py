@@ -92,14 +92,14 @@ def train(name: str, recipe: Recipe, more: list[Callback], folder: Path) -> Path
 def main() -> None:
     """Train, draw, and print each verdict."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(RUNS), choices=[*RUNS, []], help="which; all by default")
+    parser.add_argument("names", nargs="*", choices=[*RUNS, []], help="which; all by default")
     parser.add_argument("--runs", type=Path, help="where to keep the runs")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as temporary:
-        for name in arguments.names:
+        for name in arguments.names or RUNS:
             run = read_run(train(name, *RUNS[name], arguments.runs or Path(temporary)))
             write_report([run], PICTURES / f"{name}.png")
             write_report([run], run.folder / "report.html")

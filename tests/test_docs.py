@@ -1,14 +1,22 @@
 """What the pages link to is there; that their blocks and commands run, test_pages.py shows."""
 
+import argparse
 import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-PAGES = sorted([*(REPOSITORY / "docs").glob("*.md"), *REPOSITORY.glob("*.md"), REPOSITORY / "callbacks" / "README.md"])
+PAGES = sorted(
+    [
+        *(REPOSITORY / "docs").glob("*.md"),
+        *REPOSITORY.glob("*.md"),
+        *(REPOSITORY / part / "README.md" for part in ("callbacks", "benchmarks")),
+    ]
+)
 YOURS = (REPOSITORY / "docs" / "your_module.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", YOURS, re.DOTALL)
 
@@ -35,3 +43,40 @@ def test_links_lead_somewhere(page):
             titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
             assert anchor[1:] in slugs, (path, anchor)
+
+
+FIGURES = (REPOSITORY / "benchmarks" / "README.md").read_text(encoding="utf-8")
+SHARED = {f"{name}.py" for name in ("fault_runs", "fault_peers", "overhead_fits", "overhead_peers")}
+SCRIPTS = {
+    path for path in (REPOSITORY / "benchmarks").glob("*.py") if "\ndef main(" in path.read_text(encoding="utf-8")
+}
+
+
+class Understood(Exception):
+    """The words are right: what would run now takes minutes."""
+
+
+@pytest.mark.parametrize("command", re.findall(r"`python (benchmarks/[^`]*)`", FIGURES))
+def test_commands_that_reproduce_figures_are_understood(command, monkeypatch):
+    script, *words = shlex.split(command)
+    source = (REPOSITORY / script).read_text(encoding="utf-8")
+    (name,) = set(re.findall(r"\.(parse_(?:known_)?args)\(", source)) or (None,)
+    if name is None:
+        assert not words
+        return
+    understood = getattr(argparse.ArgumentParser, name)
+
+    def parse(parser, *args, **kwargs):
+        raise Understood(understood(parser, *args, **kwargs))
+
+    monkeypatch.setattr(argparse.ArgumentParser, name, parse)
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    with pytest.raises(Understood):
+        runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+
+
+def test_every_script_that_prints_figures_is_named():
+    assert {path.name for path in SCRIPTS} == set(
+        re.findall(r"`(?:python benchmarks/)?(\w+\.py)[^`]*`", FIGURES)
+    ) - SHARED

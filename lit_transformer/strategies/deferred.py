@@ -26,7 +26,7 @@ _deferring: ContextVar[bool] = ContextVar("deferring", default=False)
 def deferred_weights() -> Iterator[None]:
     """Give no weights to the models of tasks that are made inside, until a Trainer knows which are whose.
 
-    The command line does so under every strategy that leaves a device a part of the model.
+    The command line does so under FSDP1 and 2, tensor parallelism and DeepSpeed.
 
     Example:
         >>> from lit_transformer import LitCausalLM

@@ -8,6 +8,7 @@ from torch import nn
 
 from helpers import two_ranks
 from lit_transformer import LitCausalLM
+from lit_transformer.errors import UsageError
 from lit_transformer.nn import EncoderDecoder, MaskedTransformer, Transformer, TransformerConfig
 from lit_transformer.nn.classifier import DecoderClassifier
 from lit_transformer.strategies.deferred import deferred_weights, make_model
@@ -55,6 +56,18 @@ def test_a_fit_without_a_sharded_strategy_gives_all_weights(tmp_path):
         fit.fit(task, Blocks())
         losses.append(fit.callback_metrics["train/loss"])
     assert losses[0] == losses[1]
+
+
+def test_a_run_that_ends_before_there_are_weights_says_why_and_can_be_mended(tmp_path):
+    with deferred_weights():
+        task = LitCausalLM(TINY)
+    data = Blocks()
+    data.block_size = 9
+    with pytest.raises(UsageError, match="in blocks of 9 tokens, but the model takes 8"):
+        trainer(tmp_path).fit(task, data)
+    assert next(task.parameters()).is_meta
+    trainer(tmp_path, max_steps=1).fit(task, Blocks())
+    assert next(task.parameters()).device.type == "cpu"
 
 
 def test_a_parameter_that_nothing_fills_is_refused():

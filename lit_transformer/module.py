@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Self
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -114,11 +114,16 @@ class LitTransformer(LitTask):
     def configure_model(self) -> None:
         """Spread the model over devices, where the strategy leaves that to the module; give it its weights."""
         if self._trainer is not None:
-            spread(self.model, self.config, self.trainer.strategy, self._device_mesh, self._draws)
+            strategy = self.trainer.strategy
+            if self.trainer.state.fn == "fit" and isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
+                with self._draws:
+                    self._start_from_weights()  # before they are in pieces
+            spread(self.model, self.config, strategy, self._device_mesh, self._draws)
             self._draws = Draws()
-            fits = self.trainer.state.fn == "fit"
-            if fits and isinstance(self.trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
-                self._start_from_weights()  # before they are in pieces
+
+    def cpu(self) -> Self:
+        """To the CPU, as strategies do at the end, also where a run has ended before there were weights to move."""
+        return self if any(parameter.is_meta for parameter in self.parameters()) else super().cpu()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Look at the ids while looking is cheap: on a device, a wrong one ends the process without a reason."""

@@ -163,6 +163,11 @@ STRATEGIES = {  # devices, parts of a batch, strategy
 }
 
 
+def as_on_the_command_line(strategy):
+    """Models of a strategy that cuts them get their weights later."""
+    return nullcontext() if strategy in ("single", "ddp") else deferred_weights()
+
+
 def events(folder):
     """What recovery did: step and event."""
     lines = [json.loads(line) for path in folder.rglob("events.jsonl") for line in path.read_text().splitlines()]
@@ -189,7 +194,7 @@ def fit(folder, text, strategy, *, accumulate, clip, precision, trouble, steps=S
     """Losses, logged metrics, events and weights of a run."""
     devices, parts, make_strategy = STRATEGIES[strategy]
     torch.manual_seed(0)
-    with deferred_weights() if "fsdp2" in strategy or "tensor" in strategy else nullcontext():
+    with as_on_the_command_line(strategy):
         task = Task(config, partial(torch.optim.AdamW, lr=3e-3), schedule=None)
     task.trouble = trouble
     # The same global batch: one process takes in one micro-batch what two take in theirs.
@@ -337,7 +342,8 @@ def refused(folder, text, strategy):
 def started_from(folder, text, strategy, one_file):
     """The weights of a run that starts from those of a file, and does not move."""
     data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=4)
-    task = LitCausalLM(CONFIG, partial(torch.optim.SGD, lr=0.0), None, init_from=one_file)
+    with as_on_the_command_line(strategy):
+        task = LitCausalLM(CONFIG, partial(torch.optim.SGD, lr=0.0), None, init_from=one_file)
     options = {"devices": 2, "max_steps": 1, "limit_val_batches": 0, "default_root_dir": folder}
     trainer = make_trainer(strategy=STRATEGIES[strategy][2](), **options)
     trainer.fit(task, data)

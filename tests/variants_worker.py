@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,8 +12,7 @@ import torch
 from helpers import make_trainer
 from lit_transformer import LanguageModelingData, LitCausalLM
 from lit_transformer.errors import UsageError
-from lit_transformer.strategies.deferred import deferred_weights
-from strategy_worker import CONFIG, STRATEGIES, Losses
+from strategy_worker import CONFIG, STRATEGIES, Losses, as_on_the_command_line
 
 VARIANTS = ("checkpointed", "compiled")
 
@@ -24,7 +22,7 @@ def losses(folder, text, strategy, checkpointing=0, compiled=False):
     devices, parts, make_strategy = STRATEGIES[strategy]
     torch.manual_seed(0)
     config = replace(CONFIG, activation_checkpointing=checkpointing)
-    with deferred_weights() if strategy in ("fsdp2", "tensor_parallel") else nullcontext():
+    with as_on_the_command_line(strategy):
         task = LitCausalLM(config, partial(torch.optim.AdamW, lr=3e-3), schedule=None, compile_model=compiled)
     data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=8 // parts)
     seen = Losses()

@@ -45,8 +45,7 @@ from lit_transformer.run.resume import check_same_configuration
 from lit_transformer.run.saved_config import SavedConfig
 from lit_transformer.strategies.deferred import deferred_weights
 
-_DEFERRED = ("fsdp2", "tensor_parallel", "tensorparallel", "modelparallel")
-_SHARDED = (*_DEFERRED, "fsdp", "deepspeed")
+_SHARDED = ("fsdp", "tensor_parallel", "tensorparallel", "modelparallel", "deepspeed")
 # A callback's top-level key: LossSpikeRecovery is loss_spike_recovery.
 _DEFAULT_CALLBACKS = {
     re.sub(r"(?<!^)(?=[A-Z])", "_", type(callback).__name__).lower(): type(callback)
@@ -193,7 +192,7 @@ class TrainingCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; what a constructor refuses is the user's to fix."""
         try:
-            with deferred_weights() if self._strategy_is(*_DEFERRED) else nullcontext():
+            with deferred_weights() if self._strategy_is(*_SHARDED) else nullcontext():
                 super().instantiate_classes()
         except (ValueError, MisconfigurationException) as error:
             if self.run is not None:

@@ -39,6 +39,7 @@ def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in found):
             found[name] = module
-    sizes = {name: sum(p.numel() for p in stack.parameters()) for name, stack in found.items()}
+    # ZeRO-3 leaves an empty parameter in place of each, and its size beside it.
+    sizes = {name: sum(getattr(p, "ds_numel", p.numel()) for p in stack.parameters()) for name, stack in found.items()}
     average = sum(sizes.values()) / max(1, len(sizes))
     return {name: stack for name, stack in found.items() if 2 * sizes[name] >= average}

@@ -26,7 +26,7 @@ _deferring: ContextVar[bool] = ContextVar("deferring", default=False)
 def deferred_weights() -> Iterator[None]:
     """Give no weights to the models of tasks that are made inside, until a Trainer knows which are whose.
 
-    The command line does so under FSDP2 and tensor parallelism.
+    The command line does so under FSDP1 and 2, tensor parallelism and DeepSpeed.
 
     Example:
         >>> from lit_transformer import LitCausalLM
@@ -58,15 +58,24 @@ class _Step(NamedTuple):
 class Draws(TorchDispatchMode):
     """What fills the parameters of a model that is made inside; nothing does so yet.
 
+    Likewise what is copied into them inside, later on; it is held on to until then.
+
     Cost: the random numbers of the whole model, drawn and thrown away, so that what comes after has those it would have
-    had; 5 KiB for each draw.
+    had; 5 KiB for each draw, until it is made.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         # By storage, which is held on to: its number is not given to another one meanwhile.
         self._steps: dict[int, tuple[Tensor, list[_Step]]] = {}
+        # A strategy may give a parameter another dtype, and thereby another storage, before it is filled.
+        self._drawn: dict[nn.Parameter, Tensor] = {}
         self._scratch = torch.empty(0)
+
+    def __exit__(self, *error: Any) -> None:
+        """Give back the memory of what was thrown away."""
+        self._scratch = self._scratch.new_empty(0)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Write down what is done to a tensor without memory."""
@@ -75,7 +84,8 @@ class Draws(TorchDispatchMode):
         target, what = args[0] if args else None, func.overloadpacket
         if not isinstance(target, Tensor) or not target.is_meta:
             return out
-        if what in (*_RANDOM, *_CONSTANT):
+        from_memory = what is torch.ops.aten.copy_ and not args[1].is_meta
+        if what in (*_RANDOM, *_CONSTANT) or from_memory:
             random = torch.get_rng_state() if what in _RANDOM else None
             if random is not None:
                 func(self._scratch_like(target), *args[1:], **kwargs)
@@ -97,22 +107,24 @@ class Draws(TorchDispatchMode):
         return self._steps.setdefault(tensor.untyped_storage()._cdata, (tensor, []))[1]
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
-        """A parameter's value, on the CPU if it has no memory yet; the generator stays as it is.
+        """A parameter's value, on the CPU if it has no memory yet, and then only once; the generator stays as it is.
 
         Raises:
             ValueError: If nothing has filled it.
         """
         if not parameter.is_meta:
             return parameter.detach()
-        if not (steps := self._of(parameter)):
+        drawn = self._drawn.pop(parameter, parameter)
+        _, steps = self._steps.pop(drawn.untyped_storage()._cdata, (drawn, []))
+        if not steps:
             raise ValueError(f"a parameter of shape {tuple(parameter.shape)} was never initialised by torch.nn.init")
-        value = torch.empty(parameter.shape, dtype=parameter.dtype)
+        value = torch.empty_like(drawn, device="cpu")  # torch.empty is another function inside of DeepSpeed's zero.Init
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             for step in steps:
                 if step.random is not None:
                     torch.set_rng_state(step.random)
                 step.function(value.as_strided(step.size, step.stride, step.offset), *step.args, **step.kwargs)
-        return value
+        return value.to(parameter.dtype)
 
     def fill(self, module: nn.Module) -> None:
         """Give a module, and those inside, the parameters that have no memory yet; what was tied stays so."""
@@ -124,21 +136,23 @@ class Draws(TorchDispatchMode):
                         made[parameter] = nn.Parameter(self.whole(parameter), parameter.requires_grad)
                     part.register_parameter(name, made[parameter])
 
+    def without_memory(self, _module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        """What a module gets in place of a parameter that it registers."""
+        if parameter is None or parameter.is_meta:  # tied to one that has been here
+            return None
+        placeholder = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        self._drawn[placeholder] = placeholder.detach()
+        return placeholder
+
 
 def make_model(network: Callable[[TransformerConfig], nn.Module], config: TransformerConfig) -> tuple[nn.Module, Draws]:
     """A model, and what fills it if it was made inside of :func:`deferred_weights`."""
     draws = Draws()
     if not _deferring.get():
         return network(config), draws
-    hook = register_module_parameter_registration_hook(_without_memory)  # type: ignore[arg-type]
+    hook = register_module_parameter_registration_hook(draws.without_memory)  # type: ignore[arg-type]
     try:
         with draws:
             return network(config), draws
     finally:
         hook.remove()
-
-
-def _without_memory(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-    if parameter is None or parameter.is_meta:  # tied to one that has been here
-        return None
-    return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)

@@ -1,6 +1,6 @@
 """How a model is spread over devices, where the strategy leaves that to the module."""
 
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -13,6 +13,7 @@ from lit_transformer.nn.blocks import repeated_blocks
 from lit_transformer.strategies.deferred import Draws
 from lit_transformer.strategies.model_parallel import TensorParallel
 from lit_transformer.strategies.tensor_parallel import cut
+from lit_transformer.strategies.zero import partition
 
 
 def spread(
@@ -22,8 +23,9 @@ def spread(
 
     Sharding is FSDP2 (Zhao et al. 2023; ``torch.distributed.fsdp.fully_shard``): a block's parameters are whole only
     while it computes. Parameters without memory get it on the way, those of a block at a time. Lightning's
-    ``FSDPStrategy`` (FSDP1) is told to wrap blocks, unless it has a policy already. Under other strategies parameters
-    get their memory, and no more; nothing happens the second time.
+    ``FSDPStrategy`` (FSDP1) is told to wrap blocks, unless it has a policy already, and to fill each before it does.
+    ZeRO-3 gets parameters without memory block by block. Under other strategies parameters get their memory, and no
+    more; nothing happens the second time.
 
     Args:
         model: One of ours, or any that is stacked of blocks.
@@ -36,9 +38,16 @@ def spread(
         UsageError: If the number of devices in a group does not divide heads or hidden units, the model is none of
             ours, or the strategy does not know how cut weights are saved.
     """
+    deferred = any(parameter.is_meta for parameter in model.parameters())
     if isinstance(strategy, FSDPStrategy):
         policy = ModuleWrapPolicy({type(block) for block in repeated_blocks(model)})
         strategy.kwargs.setdefault("auto_wrap_policy", policy)
+        if deferred:
+            strategy.kwargs["param_init_fn"] = draws.fill
+        return
+    if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3 and deferred:
+        partition(strategy, repeated_blocks(model), draws)
+        return
     if not isinstance(strategy, ModelParallelStrategy):
         draws.fill(model)
         return

@@ -159,9 +159,9 @@ def reordered(tensor: Tensor, order: Tensor) -> Tensor:
 
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
-    """A tensor in the parts, and on the device, of another one; each device has all of it already."""
+    """A tensor in the parts, and on the device, of another one, if it has any; each device has all of it already."""
     if not isinstance(like, DTensor):
-        return whole.to(like.device)
+        return whole
     coordinate = like.device_mesh.get_coordinate()
     assert coordinate is not None
     part = whole

@@ -1,10 +1,14 @@
-"""Weights that come later are the same weights."""
+"""Weights that come later are the same weights, and no rank ever has them all."""
+
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from helpers import two_ranks
 from lit_transformer import LitCausalLM
+from lit_transformer.errors import UsageError
 from lit_transformer.nn import EncoderDecoder, MaskedTransformer, Transformer, TransformerConfig
 from lit_transformer.nn.classifier import DecoderClassifier
 from lit_transformer.strategies.deferred import deferred_weights, make_model
@@ -54,6 +58,18 @@ def test_a_fit_without_a_sharded_strategy_gives_all_weights(tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_a_run_that_ends_before_there_are_weights_says_why_and_can_be_mended(tmp_path):
+    with deferred_weights():
+        task = LitCausalLM(TINY)
+    data = Blocks()
+    data.block_size = 9
+    with pytest.raises(UsageError, match="in blocks of 9 tokens, but the model takes 8"):
+        trainer(tmp_path).fit(task, data)
+    assert next(task.parameters()).is_meta
+    trainer(tmp_path, max_steps=1).fit(task, Blocks())
+    assert next(task.parameters()).device.type == "cpu"
+
+
 def test_a_parameter_that_nothing_fills_is_refused():
     class Odd(nn.Module):
         def __init__(self):
@@ -64,3 +80,49 @@ def test_a_parameter_that_nothing_fills_is_refused():
         model, draws = make_model(lambda config: Odd(), TINY)
     with pytest.raises(ValueError, match=r"shape \(2, 3\) was never initialised"):
         draws.fill(model)
+
+
+def test_another_dtype_is_that_of_the_same_numbers():
+    torch.manual_seed(0)
+    whole = Transformer(TINY)
+    torch.manual_seed(0)
+    with deferred_weights():
+        parts, draws = make_model(Transformer, TINY)
+    draws.fill(parts.to(torch.bfloat16))
+    torch.testing.assert_close(parts.state_dict(), whole.bfloat16().state_dict(), rtol=0, atol=0)
+
+
+def test_what_is_copied_into_weights_that_come_later_comes_with_them():
+    with deferred_weights():
+        model, draws = make_model(lambda config: nn.Linear(2, 3), TINY)
+    weight = torch.arange(6.0).view(3, 2)
+    with draws, torch.no_grad():
+        model.weight.copy_(weight)
+        model.bias[:2].copy_(torch.tensor([7.0, 8.0]))
+    assert model.weight.is_meta
+    draws.fill(model)
+    assert model.weight.tolist() == weight.tolist()
+    assert model.bias[:2].tolist() == [7, 8]
+    assert -1 < model.bias[2] < 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of memory are Linux's")
+@pytest.mark.parametrize(
+    "strategies", [["fsdp"], pytest.param(["fsdp2", "zero3", "zero3_offload"], marks=pytest.mark.slow)]
+)
+def test_no_rank_ever_has_the_whole_model(strategies, tmp_path, monkeypatch):
+    if "zero3" in strategies:
+        pytest.importorskip("deepspeed", reason="pip install 'lit-transformer[deepspeed]'")
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed is given back
+    for rank in two_ranks(Path(__file__).with_name("deferred_worker.py"), tmp_path, "deferred", *strategies):
+        for strategy in strategies:
+            parts, whole = rank[strategy]["large"]["parts"], rank[strategy]["large"]["whole"]
+            assert parts["without"]
+            assert not whole["without"]
+            assert 90 < parts["whole"] < 100
+            assert whole["peak"] > 0.95 * whole["whole"], strategy
+            assert parts["peak"] < 0.85 * parts["whole"], strategy  # half of it, a block or two, and what FSDP copies
+            assert parts["trained"] == whole["trained"]
+            half = rank[strategy]["half"]
+            assert half["parts"]["trained"] == half["whole"]["trained"], strategy
+            assert "val/loss" in half["parts"]["trained"]

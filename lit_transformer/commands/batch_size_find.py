@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.memory import is_oom_error
 from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_hasattr, lightning_setattr
 from torch import Tensor
 
+from lit_transformer.commands.endings import out_of_memory
 from lit_transformer.commands.prepared import Enough, PreparedCLI
 from lit_transformer.errors import UsageError
 
@@ -54,7 +55,7 @@ def main(words: list[str]) -> None:
         cli.start()
     if not trials.speeds:
         cli.settings.data.get("init_args", {})["batch_size"] = 1  # what the message says it is
-        raise UsageError(f"not even one sample fits: {cli._room(RuntimeError(trials.refusal))}")
+        raise UsageError(f"not even one sample fits: {out_of_memory(RuntimeError(trials.refusal), cli.settings)}")
     size = fastest(trials.speeds) if on_cpu else max(trials.speeds)
     print(f"Suggested: --data.init_args.batch_size {size}")
     if on_cpu:

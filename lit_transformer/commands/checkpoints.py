@@ -119,3 +119,22 @@ def _best(run: RunFolder) -> Path | None:
 def _saved_at(run: RunFolder) -> float:
     """When a run saved its newest checkpoint, by what it wrote down itself; 0 if it never did."""
     return max((float(kept.manifest.environment["saved_at"]) for kept in committed(run.checkpoints)), default=0.0)
+
+
+def check_for_deepspeed(path: str | Path, command: str) -> None:
+    """What the strategy can load.
+
+    Raises:
+        UsageError: If the command evaluates, or the checkpoint is one file.
+    """
+    if command != "fit":
+        consolidated = f"make {path} one file by `consolidate`, and " if is_in_parts(path) else ""
+        raise UsageError(
+            f"DeepSpeed loads its checkpoints with the optimizer, which {command} does not have: "
+            f"{consolidated}evaluate {'that' if consolidated else path} on one device or under strategy ddp"
+        )
+    if not is_in_parts(path):
+        raise UsageError(
+            f"{path} is one file, and DeepSpeed goes on from a folder that it has saved itself; take the weights of "
+            "the file by model.init_args.init_from, or another strategy"
+        )

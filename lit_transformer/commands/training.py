@@ -4,11 +4,10 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from jsonargparse import Namespace
@@ -18,25 +17,26 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.memory import is_oom_error
 
 import lit_callbacks
 from lit_transformer.commands.checkpoints import (
+    check_for_deepspeed,
     find_run,
-    is_in_parts,
     load_checkpoint,
     locate,
     read_checkpoint,
     resume_point,
 )
-from lit_transformer.errors import TrainingStopped, UsageError
+from lit_transformer.commands.endings import explain_end, print_early_end, print_outcome
+from lit_transformer.commands.parser import OneParagraphParser
+from lit_transformer.errors import UsageError
 from lit_transformer.recipe import LitRecipe
 from lit_transformer.run.config_errors import explain
 from lit_transformer.run.config_files import with_config
 from lit_transformer.run.folder import RunFolder
 from lit_transformer.run.loggers import make_loggers
 from lit_transformer.run.metrics_file import MetricsFile
-from lit_transformer.run.outcome import go_on_command, next_command, outcome_table
+from lit_transformer.run.outcome import next_command
 from lit_transformer.run.precision import choose_precision
 from lit_transformer.run.predictions import PredictionsFile
 from lit_transformer.run.progress import RunProgress
@@ -51,20 +51,6 @@ _DEFAULT_CALLBACKS = {
     re.sub(r"(?<!^)(?=[A-Z])", "_", type(callback).__name__).lower(): type(callback)
     for callback in [*lit_callbacks.recommended(), lit_callbacks.RecipeCheck()]
 }
-
-
-class OneParagraphParser(LightningArgumentParser):
-    """Errors as one sentence with the nearest right name, instead of pages of usage."""
-
-    def parse_args(self, args: Any = None, **kwargs: Any) -> Namespace:  # type: ignore[override]
-        """``null`` also for ``--model.init_args.config.KEY``, which comes here as the word None (jsonargparse 4.53)."""
-        return super().parse_args(args and [re.sub("=None$", "=null", word) for word in args], **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise what the command line prints."""
-        subcommands = getattr(self._subcommands_action, "choices", None) or {}
-        parsers = [self, *subcommands.values()]
-        raise UsageError(explain(message, [action.dest for parser in parsers for action in parser._actions])) from ex
 
 
 class TrainingCLI(LightningCLI):
@@ -165,20 +151,7 @@ class TrainingCLI(LightningCLI):
         if settings.ckpt_path is not None:
             self.checkpoint = load_checkpoint(settings.ckpt_path, weights=not self._strategy_is(*_SHARDED))
             if self._strategy_is("deepspeed"):
-                self._check_for_deepspeed(settings.ckpt_path)
-
-    def _check_for_deepspeed(self, path: str) -> None:
-        if self.subcommand != "fit":
-            consolidated = f"make {path} one file by `consolidate`, and " if is_in_parts(path) else ""
-            raise UsageError(
-                f"DeepSpeed loads its checkpoints with the optimizer, which {self.subcommand} does not have: "
-                f"{consolidated}evaluate {'that' if consolidated else path} on one device or under strategy ddp"
-            )
-        if not is_in_parts(path):
-            raise UsageError(
-                f"{path} is one file, and DeepSpeed goes on from a folder that it has saved itself; take the weights "
-                "of the file by model.init_args.init_from, or another strategy"
-            )
+                check_for_deepspeed(settings.ckpt_path, self.command)
 
     def _go_on(self, run: RunFolder) -> str | None:
         """The checkpoint that a run goes on from; None where it was killed before its first: it begins anew."""
@@ -203,37 +176,13 @@ class TrainingCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except BaseException as error:
-            if subcommand == "fit" and self.trainer.interrupted and self.trainer.global_step > 0:
-                self._print_early_end(diverged=isinstance(error, lit_callbacks.DivergenceError))
-            self._explain(error)
+            if subcommand == "fit" and self.run is not None and self.trainer.interrupted:
+                print_early_end(self.trainer, self.run, self.root, isinstance(error, lit_callbacks.DivergenceError))
+            explain_end(error, self.trainer, self.settings)
             raise
         finally:
             if self.run is not None:
                 self.run.remove_if_empty()
-
-    def _explain(self, error: BaseException) -> None:
-        """Raise what the command line prints as one paragraph, where there is such a thing."""
-        if isinstance(error, (MisconfigurationException, lit_callbacks.SetupError)):
-            raise UsageError(str(error)) from error
-        if isinstance(error, lit_callbacks.DivergenceError):
-            raise TrainingStopped(str(error)) from error
-        if isinstance(error, RuntimeError) and "DeepSpeed strategy is only supported on CUDA" in str(error):
-            raise UsageError(f"{error} Take strategy ddp, or fsdp2") from error
-        if isinstance(error, RuntimeError) and is_oom_error(error):
-            raise UsageError(self._room(error)) from error
-        if isinstance(error, SystemExit) and self.trainer.interrupted and error.code == 1:  # Lightning's, for Ctrl-C
-            raise KeyboardInterrupt from None
-
-    def _room(self, error: RuntimeError) -> str:
-        """What to change when memory was not enough."""
-        data, trainer = self.settings.data.get("init_args", {}), self.settings.trainer
-        batch, length = data.get("batch_size", "?"), data.get("block_size", "?")
-        what = str(error).splitlines()[0].rstrip(".")
-        return (
-            f"out of memory: {what}. Three settings make a step smaller: data.init_args.batch_size (it is {batch}; "
-            f"trainer.accumulate_grad_batches keeps the batch), data.init_args.block_size (it is {length}), and "
-            f"trainer.precision (it is {trainer.precision}; bf16-mixed needs less)"
-        )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the default callbacks and, for fit, a run folder."""
@@ -292,26 +241,8 @@ class TrainingCLI(LightningCLI):
             return
         if self.checkpoint is not None and self.trainer.global_step == self.checkpoint["global_step"]:
             print(f"The run is at step {self.trainer.global_step} already; to go on, raise --trainer.max_steps.")
-        self._print_outcome(partial(next_command, self.run, self.root))
+        print_outcome(self.trainer, partial(next_command, self.run, self.root))
         self.report.print_places()
-
-    def _print_early_end(self, diverged: bool) -> None:
-        """How far a run came that was stopped, or failed, and how to go on with it."""
-        if self.run is None or not self.trainer.is_global_zero:
-            return
-        # After a KeyboardInterrupt Lightning leaves it as it is, and reading metrics could then wait for other ranks.
-        self.trainer.state.stage = None
-        command = go_on_command(self.run, self.root, diverged)
-        self._print_outcome(lambda verdict: command)
-
-    def _print_outcome(self, command: Callable[[str], str]) -> None:
-        """The verdict, the numbers, and what to type next, which may depend on the verdict."""
-        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        found = [callback.diagnosis for callback in callbacks if isinstance(callback, lit_callbacks.Dashboard)]
-        diagnosis = found[0] if found else None
-        verdict, sentences = (diagnosis.verdict, diagnosis.sentences) if diagnosis else ("", ())
-        table = outcome_table(sentences, self.trainer.callback_metrics, self.trainer.global_step, command(verdict))
-        print(f"\n{table}", flush=True)
 
     def after_validate(self) -> None:
         """Say what was found."""
@@ -332,19 +263,8 @@ def run_training_command(words: list[str]) -> None:
     """
     quieten()
     if words[0] not in LightningCLI.subcommands():
-        others = [
-            "check",
-            "plot_schedule",
-            "lr_find",
-            "batch_size_find",
-            "memory",
-            "report",
-            "generate",
-            "export",
-            "consolidate",
-            "dashboard",
-        ]
-        commands = ", ".join([*LightningCLI.subcommands(), *others])
+        others = "check plot_schedule lr_find batch_size_find memory report generate export consolidate dashboard"
+        commands = ", ".join([*LightningCLI.subcommands(), *others.split()])
         raise UsageError(f"unknown command {words[0]}; the commands are {commands}")
     TrainingCLI(words)
 

@@ -143,7 +143,7 @@ def play(page: Path) -> int:
 
 def run(words: list[str]) -> None:
     """A command, made short."""
-    _, program, *words = words
+    _, program, *words = words[: words.index(">")] if ">" in words else words
     if "fit" in words and any("strategy/" in word for word in words):
         command = [sys.executable, "-W", "ignore", program, *words, "--trainer.devices=2"]
         subprocess.run(command, check=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -183,7 +183,7 @@ def short(words: list[str]) -> list[str]:
 
 
 QUICK = ("README.md", "callbacks/README.md", "docs/reliability.md", "docs/your_module.md")
-LONG = ("docs/README.md", "docs/recipes.md", "docs/real_data.md", "docs/strategies.md")
+LONG = ("docs/README.md", "docs/recipes.md", "docs/real_data.md", "docs/start.md", "docs/strategies.md")
 
 
 @pytest.mark.filterwarnings("ignore")  # there is advice for small examples

@@ -36,6 +36,8 @@ def explain(message: str, known_keys: Iterable[str] = ()) -> str:
     Example:
         >>> explain("unrecognized arguments: --trainer.max_stepz=5", ["trainer.max_steps", "seed_everything"])
         'unknown key trainer.max_stepz; did you mean trainer.max_steps?'
+        >>> explain("unrecognized arguments: --modle.init_args.config.n_layers=5", ["model", "seed_everything"])
+        'unknown key modle.init_args.config.n_layers; did you mean model.init_args.config.n_layers?'
     """
     message = _LINK.sub("", message)
     where = ".init_args.".join(dict.fromkeys(_KEY.findall(message)))
@@ -68,8 +70,13 @@ def explain(message: str, known_keys: Iterable[str] = ()) -> str:
 
 
 def _did_you_mean(given: str, candidates: Iterable[str]) -> str:
-    close = difflib.get_close_matches(given, list(candidates), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    candidates = list(candidates)
+    close = difflib.get_close_matches(given, candidates, n=1, cutoff=0.5)
+    if not close:  # of a key far inside, whose first part is what the parser knows
+        first, dot, rest = given.partition(".")
+        known = {candidate.partition(".")[0] for candidate in candidates}
+        close = [near + dot + rest for near in difflib.get_close_matches(first, sorted(known), n=1)]
+    return f"; did you mean {close[0]}?" if close and close[0] != given else ""
 
 
 def _accepted_by(class_path: str) -> list[str]:

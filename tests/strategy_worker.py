@@ -291,6 +291,25 @@ def whole_gradients(folder, text, strategy):
     return compare.differences
 
 
+def adaptively_clipped(folder, text, strategy):
+    """What a run is like whose gradients are clipped by what was usual: losses, coefficients, weights."""
+    devices, parts, make_strategy = STRATEGIES[strategy]
+    torch.manual_seed(0)
+    with as_on_the_command_line(strategy):
+        task = Task(CONFIG, partial(torch.optim.AdamW, lr=3e-3), schedule=None)
+    data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=8 // parts)
+    losses, logger = Losses(), MemoryLogger()
+    clipping = AdaptiveGradientClipping(z_threshold=0.2, max_grad_norm=0.6, warmup_steps=2, every_n_steps=1)
+    trainer = make_trainer(
+        strategy=make_strategy(), devices=devices, max_steps=8, accumulate_grad_batches=2, limit_val_batches=0,
+        logger=logger, default_root_dir=folder, callbacks=[losses, clipping, GradientNormLogger(1)],
+    )  # fmt: skip
+    trainer.fit(task, data)
+    keys = "grad_norm/total", "grad_norm/clipped", "grad_norm/clip_coefficient", "grad_norm/threshold"
+    logged = {f"{step} {key}": float(values[key]) for step, values in logger.calls for key in keys if key in values}
+    return {"losses": {k: sum(v) for k, v in losses.found.items()}, "logged": logged, "weights": weights(trainer, task)}
+
+
 def refused_by_deepspeed(folder, text, strategy):
     """What is said of what DeepSpeed does not have yet."""
     data = LanguageModelingData(files=text, cache_dir=str(folder / "cache"), block_size=16, batch_size=4)
@@ -298,7 +317,6 @@ def refused_by_deepspeed(folder, text, strategy):
     free = LitCausalLM(CONFIG, partial(ScheduleFreeAdamW, lr=1e-3), WarmupConstant(warmup=2))
     runs = {
         "autopsy": (plain, [NonFiniteAutopsy()], {}),
-        "clipping": (plain, [AdaptiveGradientClipping(max_grad_norm=1.0)], {}),
         "histograms": (plain, [ParameterStatsLogger(histograms=True)], {}),
         "schedule_free": (free, [], {}),
         "window": (plain, [], {"accumulate_grad_batches": 2, "limit_train_batches": 3, "max_steps": 2}),
@@ -365,6 +383,7 @@ def main(out, strategy, text, one_file, *numbers):
         whole["resumed"] = cell.run(out / "resumed", text, strategy, resume=checkpoint, steps=30)["losses"]
     if one_file:
         found["started_from"] = started_from(out / "started_from", text, strategy, one_file)
+        found["adaptively_clipped"] = adaptively_clipped(out / "adaptively_clipped", text, strategy)
     if one_file and strategy in ("fsdp2", "tensor_parallel"):  # of the first cell, by one process
         found["from_one_file"] = first.run(out / "from_one_file", text, strategy, resume=one_file, steps=30)["losses"]
     if strategy == "tensor_parallel":

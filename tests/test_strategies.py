@@ -19,7 +19,7 @@ from helpers import run_ranks
 from lit_transformer.cli import main
 from lit_transformer.commands.consolidate import whole as consolidated
 from lit_transformer.strategies.memory import Load, held_by, optimizer_states, uses
-from strategy_worker import GRID, STRATEGIES, Cell, Task, resumed_part
+from strategy_worker import GRID, STRATEGIES, Cell, Task, adaptively_clipped, resumed_part
 from tiny_config import CONFIG
 
 
@@ -39,6 +39,7 @@ def single(text, tmp_path_factory):
         return found
 
     run.folder = folder
+    run.clipped = cache(lambda: adaptively_clipped(folder / "clipped", text, "single"))
     return run
 
 
@@ -83,6 +84,14 @@ def compare(strategy, numbers, single, text, tmp_path, one_file=""):
         assert {name: first["consolidated"][name] for name in weights} == pytest.approx(weights, rel=1e-12)
         assert first["states"] == len(weights)
     if one_file:
+        alone, mean = single.clipped(), {}
+        for step, loss in first["adaptively_clipped"]["losses"].items():
+            mean[int(step)] = (loss + second["adaptively_clipped"]["losses"][step]) / 2
+        assert mean == pytest.approx(alone["losses"], rel=1e-5)
+        for part in ("logged", "weights"):
+            assert first["adaptively_clipped"][part] == pytest.approx(alone[part], rel=2e-5), part
+        coefficients = [value for key, value in alone["logged"].items() if "clip_coefficient" in key]
+        assert min(coefficients) < 0.9
         whole, started = torch.load(one_file, weights_only=True)["state_dict"], first["started_from"]
         assert started == pytest.approx({name: whole[name].double().abs().sum().item() for name in started}, rel=1e-6)
     return first, second
@@ -127,7 +136,6 @@ def test_two_ranks_do_what_one_process_does(strategy, single, text, tmp_path):
         assert max(first["whole_gradients"]) < 1e-6
         refused = first["refused"]
         assert "NonFiniteAutopsy serves a single device and DDP, but not yet CPUDeepSpeed" in refused["autopsy"]
-        assert "AdaptiveGradientClipping serves a single device, DDP and FSDP, but not" in refused["clipping"]
         assert "histograms=True) needs whole parameters" in refused["histograms"]
         assert "keeps two sets of weights, which CPUDeepSpeed does not save as it is set" in refused["schedule_free"]
         assert "an epoch has 3 batches and an optimizer step takes 2" in refused["window"]

@@ -15,10 +15,11 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-_OF_STAGES_1_AND_2 = ("_global_grad_norm", "check_grad_overflow", "has_overflow", "_update_scale")
+_OF_STAGES_1_AND_2 = ("_global_grad_norm", "check_grad_overflow", "has_overflow", "_update_scale", "clip_grad")
 _OF_STAGE_3 = (
     "fp32_partitioned_groups_flat", "get_local_fp32_grad_for_param", "get_local_fp32_param", "_pre_step",
     "_partition_all_parameters", "_overflow_clean_up", "_global_grad_norm", "swap_optimizer", "params_in_nvme_and_cpu",
+    "clip_grad",
 )  # fmt: skip
 
 
@@ -129,32 +130,39 @@ def clip_factor(engine: Any) -> float | None:
     """What the step that is just over multiplied the gradient by to clip it; None if it was not taken."""
     if engine.optimizer.overflow:
         return None
-    clip = engine.gradient_clipping()
+    clip = float(engine.optimizer.clip_grad)
     return min(1.0, clip / (float(engine.optimizer._global_grad_norm) + 1e-6)) if clip else 1.0
 
 
 class _Step:
-    """Stands in for a ZeRO optimizer's ``step`` while somebody waits for it, or wants it passed over."""
+    """Stands in for a ZeRO optimizer's ``step`` while somebody waits for it, or wants it clipped or passed over."""
 
     def __init__(self, zero: Any) -> None:
         self.zero, self.step = zero, zero.step
         self.waiting: list[Callable[[], None]] = []
         self.pass_over = False
+        self.clip: float | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         pass_over, self.pass_over = self.pass_over, False
-        if not pass_over:
-            self.step(*args, **kwargs)
-        elif _is_stage_3(self.zero):
-            self._discard_stage_3()
-        else:
-            self._discard()
-        for function in list(self.waiting):
-            function()
+        configured = self.zero.clip_grad
+        if self.clip is not None:
+            self.zero.clip_grad, self.clip = self.clip, None
+        try:
+            if not pass_over:
+                self.step(*args, **kwargs)
+            elif _is_stage_3(self.zero):
+                self._discard_stage_3()
+            else:
+                self._discard()
+            for function in list(self.waiting):
+                function()
+        finally:
+            self.zero.clip_grad = configured  # which goes into checkpoints
         self.close()
 
     def close(self) -> None:
-        if not self.waiting and not self.pass_over:
+        if not self.waiting and not self.pass_over and self.clip is None:
             vars(self.zero).pop("step", None)
             _STEPS.pop(self.zero, None)
 
@@ -188,6 +196,11 @@ def _step_of(zero: Any) -> _Step:
 def pass_over_step(zero: Any) -> None:
     """Make the coming step change neither weights nor optimizer state."""
     _step_of(zero).pass_over = True
+
+
+def clip_step(zero: Any, max_norm: float) -> None:
+    """Make the coming step clip the gradient to a norm, as ZeRO itself does where it is configured to."""
+    _step_of(zero).clip = max_norm
 
 
 class AfterStep:

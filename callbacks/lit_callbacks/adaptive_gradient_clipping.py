@@ -10,6 +10,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lit_callbacks._actor import Actor
 from lit_callbacks._cadence import Cadence
+from lit_callbacks._deepspeed import clip_step, is_zero, step_follows
 from lit_callbacks._errors import SetupError
 from lit_callbacks._facts import facts_of, has_scaler, parameters
 from lit_callbacks._member import publish
@@ -33,7 +34,8 @@ class AdaptiveGradientClipping(Actor):
     A norm that jumps and stays there is clipped to the old level for ``warmup_steps`` steps, and then a new warm-up
     begins; ZClip would go on for ever. Resuming with another ``warmup_steps`` begins new averages.
 
-    Under FSDP1, where Lightning refuses to clip by norm, ``z_threshold=math.inf`` leaves ``max_grad_norm`` alone.
+    Under FSDP1, where Lightning refuses to clip by norm, ``z_threshold=math.inf`` leaves ``max_grad_norm`` alone. Under
+    DeepSpeed ZeRO clips, to the norm that it is told for the coming step.
 
     Logs, every ``every_n_steps`` optimizer steps and whenever the z-score is above ``z_threshold``:
         grad_norm/threshold: norm above which a gradient was clipped; infinite in a warm-up without ``max_grad_norm``.
@@ -47,8 +49,8 @@ class AdaptiveGradientClipping(Actor):
         every_n_steps: Optimizer steps between logged values.
 
     Raises:
-        ValueError: If an argument is out of range; at setup in manual optimization, under DeepSpeed, which
-            clips by itself, with ``gradient_clip_val`` set, or if another one is among the callbacks; at fit start if
+        ValueError: If an argument is out of range; at setup in manual optimization, with
+            ``gradient_clip_val`` set, or if another one is among the callbacks; at fit start if
             the optimizer is LBFGS, or is fused while a GradScaler is in use.
 
     State: both averages and the norms of the warm-up.
@@ -62,6 +64,7 @@ class AdaptiveGradientClipping(Actor):
     """
 
     serves_shards = True
+    serves_zero = True
 
     order = 1
 
@@ -128,6 +131,8 @@ class AdaptiveGradientClipping(Actor):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Clip by the norm that all ranks share, learn from it, and log."""
+        if not step_follows(trainer):
+            return
         reading = facts_of(trainer).reading(trainer, optimizer)  # before clipping, for all who ask later
         norm = reading.grad_norm
         if reading.loss is None or not math.isfinite(norm):
@@ -136,7 +141,10 @@ class AdaptiveGradientClipping(Actor):
         largest = min(usual, self.max_grad_norm)
         coefficient = largest / (norm + EPSILON) if norm > largest else 1.0
         if coefficient < 1:
-            _scale(optimizer, coefficient)
+            if is_zero(optimizer):
+                clip_step(optimizer, largest)
+            else:
+                _scale(optimizer, coefficient)
         values = {
             "grad_norm/threshold": min(self._usual.limit, self.max_grad_norm),
             "grad_norm/clip_coefficient": coefficient,

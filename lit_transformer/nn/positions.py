@@ -74,7 +74,7 @@ class SinusoidalPositions(nn.Module):
 
     def forward(self, x_BTD: Tensor, places: Places = 0) -> Tensor:
         """The scaled ``x`` plus the waves of its places."""
-        return x_BTD * self.scale + _at(self.wave, places, x_BTD.size(1))
+        return x_BTD * self.scale + _at(self.wave, places, x_BTD.size(1)).to(x_BTD.dtype)
 
 
 class RotaryPositions(nn.Module):

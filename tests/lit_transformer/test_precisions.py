@@ -25,6 +25,7 @@ from lit_transformer import LitCausalLM, LitClassifier
 from lit_transformer.distillation import Distillation
 from lit_transformer.nn.attention import attend
 from lit_transformer.nn.norm import make_head_norm, make_norm
+from lit_transformer.nn.positions import SinusoidalPositions
 from lit_transformer.objectives import ClassObjective, TokenObjective
 from tiny_task import TINY, Blocks, trainer
 
@@ -51,6 +52,15 @@ def test_norms(make, norm, dtype):
     x = (torch.randn(20, low.weight.numel(), generator=torch.Generator().manual_seed(0)) * 300).to(dtype)
     exact = type(low)(low.weight.numel(), eps=low.eps)
     assert_rounded_once(low(x), exact(x.float()))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_waves_take_the_dtype_of_what_they_are_added_to(dtype):
+    """ZeRO-3 has parameters in half precision, and leaves the table of waves as it is."""
+    positions = SinusoidalPositions(300, 16)
+    x = torch.randn(2, 300, 16).to(dtype)
+    assert positions.wave.dtype == torch.float32
+    assert_rounded_once(positions(x), 4 * x.float() + positions.wave.to(dtype).float())
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

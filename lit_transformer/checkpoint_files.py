@@ -9,26 +9,14 @@ import torch
 from lit_transformer.errors import UsageError
 
 
-def checkpoint_file(path: str | Path) -> Path:
-    """The path itself, or if it is the folder of a run its best checkpoint; without one, its last."""
-    saved = [found for name in ("best", "last") for found in Path(path).glob(f"checkpoints/{name}*.ckpt")]
-    return saved[0] if saved else Path(path)
-
-
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The contents of a Lightning checkpoint, on the CPU and without unpickling code.
 
     Not verified by its manifest, which is a matter of the callbacks, which a model does not need.
 
-    Args:
-        path: A file, or the folder of a run.
-
     Raises:
         UsageError: If there is no such file, or it is none.
     """
-    path = checkpoint_file(path)
-    if path.is_dir():
-        raise UsageError(f"{path} is no file with a whole model; of one that is in parts, `consolidate` makes one")
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -14,8 +14,8 @@ class Distillation:
     softened by the temperature; its square keeps the gradients of the second part as large as they are without.
 
     Args:
-        teacher: A checkpoint of ours, the folder of a run, or a Hugging Face folder or name; with the same vocabulary
-            or classes as the student.
+        teacher: A checkpoint of ours, or a Hugging Face folder or name; with the same vocabulary or classes as the
+            student. On the command line also the folder of a run, for its best checkpoint.
         temperature: Above 1, the teacher's ranking of wrong answers counts for more. 2 to 4 is usual.
         weight: Share of the teacher.
 

@@ -17,7 +17,7 @@ from lit_transformer.objectives import Objective
 from lit_transformer.optim import ParamGroups, Schedule, WarmupCosine
 from lit_transformer.strategies import TensorParallel
 from lit_transformer.strategies.deferred import Draws, make_model
-from lit_transformer.strategies.sharded import shards
+from lit_transformer.strategies.sharded import is_in_pieces, shards
 from lit_transformer.strategies.spread import spread
 from lit_transformer.task import LitTask
 from lit_transformer.warm_start import load_body
@@ -34,8 +34,8 @@ class LitTransformer(LitTask):
         target_batch_tokens: Likewise.
         param_groups: Likewise.
         distillation: See :class:`~lit_transformer.task.LitTask`.
-        init_from: A checkpoint of ours, or the folder of a run, to take the weights from, but for those of another
-            head.
+        init_from: A checkpoint of ours to take the weights from, all but those of another head. On the command line
+            also the folder of a run, for its best checkpoint.
         compile_model: Whether ``torch.compile`` makes one graph of the model for ``fit``.
         network: Makes the model.
 
@@ -43,7 +43,8 @@ class LitTransformer(LitTask):
         ValueError: If an argument is out of range.
         UsageError: At the start of fit, as :class:`~lit_transformer.recipe.LitRecipe` says; if the data's blocks or
             texts are longer than ``max_length``; if the checkpoint to start from is of another architecture; if
-            the model is to be compiled under ZeRO-3, or under tensor parallelism with activation checkpointing.
+            the model is to be compiled under ZeRO-3, or under tensor parallelism with activation checkpointing; if
+            FSDP1 or ZeRO-3 has cut it already.
         IndexError: If a batch has a token id that is not in the vocabulary.
     """
 
@@ -116,6 +117,11 @@ class LitTransformer(LitTask):
         if self._trainer is not None:
             strategy = self.trainer.strategy
             if self.trainer.state.fn == "fit" and isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
+                if is_in_pieces(self.model):
+                    raise UsageError(
+                        f"{type(strategy).__name__} has cut this model into pieces for an earlier fit or validation, "
+                        "and cannot train it from there: make the task anew, or take strategy fsdp2"
+                    )
                 with self._draws:
                     self._start_from_weights()  # before they are in pieces
             spread(self.model, self.config, strategy, self._device_mesh, self._draws)

@@ -11,6 +11,8 @@ from lit_transformer.errors import UsageError
 from lit_transformer.optim.layers import layer_depths
 from lit_transformer.strategies.tensor_parallel import part_of, stacked_orders
 
+_MASKED = "model.head.dense.weight"  # of masked language models alone
+
 
 def load_body(module: nn.Module, checkpoint: str | Path) -> None:
     """Copy a checkpoint's weights into a module, in place; what comes after the layers may differ, and then stays.
@@ -19,7 +21,7 @@ def load_body(module: nn.Module, checkpoint: str | Path) -> None:
 
     Args:
         module: The LightningModule to start.
-        checkpoint: A Lightning checkpoint, or the folder of a run, whose best one is taken.
+        checkpoint: A Lightning checkpoint.
 
     Raises:
         UsageError: If the checkpoint cannot be read, or is of another architecture: if an embedding or a layer is
@@ -29,10 +31,9 @@ def load_body(module: nn.Module, checkpoint: str | Path) -> None:
     depths = layer_depths(module)
     top = max(depths.values(), default=0)
     own = dict(module.named_parameters())
-    for name, parameter in own.items():
-        # Masked language modelling has one token more, the mask, behind all others.
-        if name.endswith("token_embedding.weight") and name in weights and len(weights[name]) == len(parameter) + 1:
-            weights[name] = weights[name][:-1]
+    embedding = "model.encoder.token_embedding.weight"
+    if _MASKED in weights and embedding in own and len(weights[embedding]) == len(own[embedding]) + 1:
+        weights[embedding] = weights[embedding][:-1]  # the mask comes behind all other tokens
     fresh = []
     for name, parameter in own.items():
         fits = name in weights and weights[name].shape == parameter.shape

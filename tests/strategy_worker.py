@@ -354,6 +354,13 @@ def refused(folder, text, strategy):
             trainer.fit(task, data)
         except (UsageError, SetupError) as error:
             found[name] = str(error)
+    if strategy == "fsdp":
+        task, options = LitCausalLM(CONFIG), {"devices": 2, "max_steps": 1, "default_root_dir": folder}
+        make_trainer(strategy=CPUFSDP(), **options).validate(task, data)
+        try:
+            make_trainer(strategy=CPUFSDP(), **options).fit(task, data)
+        except UsageError as error:
+            found["second"] = str(error)
     return found
 
 

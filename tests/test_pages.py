@@ -135,7 +135,8 @@ def play(page: Path) -> int:
         if step.kind == "python":
             exec(compile(step.text, f"{page.name}: {step.text}", "exec"), names)
         elif step.kind == "bash":
-            subprocess.run(["bash", "-ec", step.text], check=True, timeout=200)
+            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # `python` is this one
+            subprocess.run(["bash", "-ec", step.text], check=True, timeout=200, env=os.environ | {"PATH": path})
         elif step.kind == "command":
             run(shlex.split(step.text))
     return len(done)

@@ -64,14 +64,18 @@ def wandb_runs(trainer: Trainer) -> list[Any]:
 
 def introduce(trainer: Trainer) -> None:
     """Say by tags how the run is made, and define what the summary of a key is."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    modes = [(getattr(callback, "monitor", None), getattr(callback, "mode", None)) for callback in callbacks]
-    monitored = {key: str(mode) for key, mode in modes if isinstance(key, str) and mode in ("min", "max")}
     strategy = getattr(trainer.strategy, "strategy_name", None) or type(trainer.strategy).__name__
     for run in wandb_runs(trainer):
         run.tags = tuple(dict.fromkeys([*(run.tags or ()), str(strategy), str(trainer.precision)]))
-        for key, best in {**_BEST, **monitored}.items():
+        for key, best in {**_BEST, **_monitored(trainer)}.items():
             run.define_metric(key, step_metric=STEP, summary=best)
+
+
+def _monitored(trainer: Trainer) -> dict[str, str]:
+    """What callbacks look for the best of, and whether that is the min or max."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    modes = [(getattr(callback, "monitor", None), getattr(callback, "mode", None)) for callback in callbacks]
+    return {key: str(mode) for key, mode in modes if isinstance(key, str) and mode in ("min", "max")}
 
 
 def is_of_a_part(key: str) -> bool:
@@ -85,13 +89,15 @@ def is_of_a_part(key: str) -> bool:
 
 
 def hide(trainer: Trainer, keys: Iterable[str]) -> None:
-    """Keep W&B from drawing a chart of each. They stay in the run, for charts that are asked for.
+    """Keep W&B from drawing a chart of each that is not monitored. They stay in the run, for charts that are asked for.
 
     By name: of two patterns that match, such as Lightning's ``*``, W&B takes either.
     """
+    monitored = _monitored(trainer)
     for run in wandb_runs(trainer):
         for key in keys:
-            run.define_metric(key, step_metric=STEP, hidden=True)
+            if key not in monitored:
+                run.define_metric(key, step_metric=STEP, hidden=True)
 
 
 class Alerts:

@@ -12,6 +12,11 @@ from lit_transformer.run.folder import RunFolder
 
 _NOTHING = "nothing to resume or evaluate: no run under {} has a checkpoint; give one by --ckpt_path FILE"
 
+_IN_PARTS = (
+    "{0} is in parts, as a sharded strategy saves it: make it one file by `consolidate --ckpt_path {0} --to FILE.ckpt`"
+    ", and take that"
+)
+
 
 def find_run(root: Path, name: str | None) -> RunFolder:
     """The run of that name; without a name, the one that saved a checkpoint last.
@@ -69,10 +74,7 @@ def load_checkpoint(path: str | Path, weights: bool = True) -> dict[str, Any]:
         raise UsageError(str(error)) from None
     if is_in_parts(path):
         if weights:
-            raise UsageError(
-                f"{path} is in parts, as a sharded strategy saves it: make it one file by `consolidate --ckpt_path "
-                f"{path} --to FILE.ckpt`, and take that"
-            )
+            raise UsageError(_IN_PARTS.format(path))
     elif "state_dict" not in checkpoint:
         raise UsageError(f"{path} is not a Lightning checkpoint: it has no state_dict")
     return checkpoint
@@ -90,6 +92,21 @@ def chosen(root: Path, name: str | None, which: str) -> Path:
         return local(which)
     except CheckpointError as error:
         raise UsageError(str(error)) from None
+
+
+def of_a_run(path: str) -> str:
+    """The best checkpoint of a run, if its folder is named; else the path as it is.
+
+    Raises:
+        UsageError: If the run has none, or it is in parts.
+    """
+    run = RunFolder(Path(path))
+    if not run.checkpoints.is_dir():
+        return path
+    best = locate(run.path.parent, run.path.name, "best")
+    if is_in_parts(best):
+        raise UsageError(_IN_PARTS.format(best))
+    return str(best)
 
 
 def read_checkpoint(root: Path, name: str | None, which: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ class OneParagraphParser(LightningArgumentParser):
 
     def parse_args(self, args: Any = None, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """``null`` also for ``--model.init_args.config.KEY``, which comes here as the word None (jsonargparse 4.53)."""
-        return super().parse_args(args and [re.sub("=None$", "=null", word) for word in args], **kwargs)
+        return super().parse_args(args and [re.sub(r"^(--[\w.]+)=None$", r"\1=null", word) for word in args], **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what the command line prints."""

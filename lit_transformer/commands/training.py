@@ -4,7 +4,7 @@ import logging
 import re
 import sys
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from lit_transformer.commands.checkpoints import (
     find_run,
     load_checkpoint,
     locate,
+    of_a_run,
     read_checkpoint,
     resume_point,
 )
@@ -135,6 +136,7 @@ class TrainingCLI(LightningCLI):
         if settings.trainer.precision is None:
             settings.trainer.precision, self.precision_reason = choose_precision(settings.trainer.accelerator)
         self.root = Path(settings.trainer.default_root_dir or "runs")
+        self._find_models_to_start_from(settings.model.get("init_args"))
         if settings.ckpt_path in ("last", "best"):
             self.run = find_run(self.root, settings.run)
             if self.subcommand == "fit" and settings.ckpt_path == "last":
@@ -152,6 +154,13 @@ class TrainingCLI(LightningCLI):
             self.checkpoint = load_checkpoint(settings.ckpt_path, weights=not self._strategy_is(*_SHARDED))
             if self._strategy_is("deepspeed"):
                 check_for_deepspeed(settings.ckpt_path, self.command)
+
+    @staticmethod
+    def _find_models_to_start_from(model: Namespace | None) -> None:
+        """Where a run is named whose weights are wanted, its best checkpoint; written down as that."""
+        for place, key in ((model, "init_from"), (model and model.get("distillation"), "teacher")):
+            if place is not None and isinstance(place.get(key), str):
+                place[key] = of_a_run(place[key])
 
     def _go_on(self, run: RunFolder) -> str | None:
         """The checkpoint that a run goes on from; None where it was killed before its first: it begins anew."""
@@ -177,7 +186,8 @@ class TrainingCLI(LightningCLI):
             super()._run_subcommand(subcommand)
         except BaseException as error:
             if subcommand == "fit" and self.run is not None and self.trainer.interrupted:
-                print_early_end(self.trainer, self.run, self.root, isinstance(error, lit_callbacks.DivergenceError))
+                with suppress(Exception):  # of a device or console that fails: what it was is in the error itself
+                    print_early_end(self.trainer, self.run, self.root, isinstance(error, lit_callbacks.DivergenceError))
             explain_end(error, self.trainer, self.settings)
             raise
         finally:

@@ -115,7 +115,8 @@ class Draws(TorchDispatchMode):
         if not parameter.is_meta:
             return parameter.detach()
         drawn = self._drawn.pop(parameter, parameter)
-        _, steps = self._steps.pop(drawn.untyped_storage()._cdata, (drawn, []))
+        storages = dict.fromkeys(tensor.untyped_storage()._cdata for tensor in (drawn, parameter))
+        steps = [step for storage in storages for step in self._steps.pop(storage, (drawn, []))[1]]
         if not steps:
             raise ValueError(f"a parameter of shape {tuple(parameter.shape)} was never initialised by torch.nn.init")
         value = torch.empty_like(drawn, device="cpu")  # torch.empty is another function inside of DeepSpeed's zero.Init

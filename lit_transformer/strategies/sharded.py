@@ -20,6 +20,12 @@ def saves_averages(strategy: Strategy) -> bool:
     return not isinstance(strategy, FSDPStrategy | DeepSpeedStrategy)
 
 
+def is_in_pieces(model: nn.Module) -> bool:
+    """Whether FSDP1 or ZeRO-3 has cut a model, which neither takes for ``fit`` a second time."""
+    wrapped = any(isinstance(part, FullyShardedDataParallel) for part in model.modules())
+    return wrapped or any(hasattr(parameter, "ds_numel") for parameter in model.parameters())
+
+
 def size_of(parameter: Tensor) -> int:
     """Elements of a parameter over all devices; ZeRO-3 leaves an empty one in its place."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))

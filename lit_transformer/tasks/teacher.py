@@ -1,6 +1,8 @@
 """A trained model to learn from."""
 
-from lit_transformer.checkpoint_files import checkpoint_file, read_checkpoint
+from pathlib import Path
+
+from lit_transformer.checkpoint_files import read_checkpoint
 from lit_transformer.errors import UsageError
 from lit_transformer.task import LitTask
 from lit_transformer.tasks.causal_lm import LitCausalLM
@@ -19,14 +21,14 @@ _SHAPE = ("config", "num_labels", "multi_label", "pooling", "causal")
 
 
 def load_teacher(path: str, kind: str) -> LitTask:
-    """A model of a kind, from a checkpoint or a run of ours, or from a Hugging Face folder or name.
+    """A model of a kind, from a checkpoint of ours, or from a Hugging Face folder or name.
 
     No class is imported because a file names it.
 
     Raises:
         UsageError: If there is no such model, or it predicts something else.
     """
-    if not checkpoint_file(path).is_file():
+    if not Path(path).is_file():
         return LitPretrained(path, task=kind)  # type: ignore[arg-type]
     contents = read_checkpoint(path)
     settings = contents["hyper_parameters"]

@@ -7,7 +7,7 @@ import torch
 
 from helpers import TinyLM
 from lit_callbacks import GradientNormLogger, SetupError
-from lit_callbacks._deepspeed import AfterStep, missing, pass_over_step, step_follows
+from lit_callbacks._deepspeed import AfterStep, clip_factor, clip_step, missing, pass_over_step, step_follows
 
 
 class DeepSpeedZeroOptimizer:
@@ -17,6 +17,8 @@ class DeepSpeedZeroOptimizer:
 
     def __init__(self):
         self.weight, self.overflow, self.check_grad_overflow, self.scaled = 0, False, False, 0
+        self.clip_grad = 0.5
+        self.clipped = []
 
     def has_overflow(self, partition_gradients=True):
         return False
@@ -28,6 +30,7 @@ class DeepSpeedZeroOptimizer:
         self.overflow = self.check_grad_overflow and self.has_overflow(partition_gradients=True)
         self._update_scale(self.overflow)
         self.weight -= not self.overflow
+        self.clipped.append(self.clip_grad)
 
 
 class DeepSpeedEngine:
@@ -58,6 +61,25 @@ def test_a_step_is_passed_over_once_and_the_next_is_made():
     hook.remove()
     zero.step()
     assert seen == [0, -1]
+    assert vars(zero).keys() == vars(DeepSpeedZeroOptimizer()).keys()
+
+
+def test_one_step_is_clipped_to_what_was_asked_for():
+    zero, factors = DeepSpeedZeroOptimizer(), []
+    zero._global_grad_norm = 2.0
+    hook = AfterStep(zero, lambda: factors.append(clip_factor(DeepSpeedEngine(zero))))
+    clip_step(zero, 0.1)
+    zero.step()
+    zero.step()
+    hook.remove()
+    assert zero.clipped == [0.1, 0.5]
+    assert factors == pytest.approx([0.05, 0.25], rel=1e-6)
+    assert zero.clip_grad == 0.5
+    clip_step(zero, 0.1)
+    pass_over_step(zero)
+    zero.step()
+    zero.step()
+    assert zero.clipped[-1] == zero.clip_grad == 0.5
     assert vars(zero).keys() == vars(DeepSpeedZeroOptimizer()).keys()
 
 

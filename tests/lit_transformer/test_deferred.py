@@ -92,15 +92,18 @@ def test_another_dtype_is_that_of_the_same_numbers():
     torch.testing.assert_close(parts.state_dict(), whole.bfloat16().state_dict(), rtol=0, atol=0)
 
 
-def test_what_is_copied_into_weights_that_come_later_comes_with_them():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_copied_into_weights_that_come_later_comes_with_them(dtype):
     with deferred_weights():
         model, draws = make_model(lambda config: nn.Linear(2, 3), TINY)
+    model.to(dtype)
     weight = torch.arange(6.0).view(3, 2)
     with draws, torch.no_grad():
         model.weight.copy_(weight)
         model.bias[:2].copy_(torch.tensor([7.0, 8.0]))
     assert model.weight.is_meta
     draws.fill(model)
+    assert model.weight.dtype == dtype
     assert model.weight.tolist() == weight.tolist()
     assert model.bias[:2].tolist() == [7, 8]
     assert -1 < model.bias[2] < 1

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+import yaml
 
 from hf_models import save_bert
 from lit_transformer.cli import main
@@ -27,6 +28,7 @@ def cli(tmp_path, monkeypatch, capsys):
         main(words.split())
         return capsys.readouterr().out
 
+    run.printed = lambda: capsys.readouterr().out
     return run
 
 
@@ -180,6 +182,8 @@ def test_a_classifier_starts_from_a_run_that_filled_in_masks(cli, tmp_path):
     sizes = "--data.init_args.tokenizer=bytes --data.init_args.batch_size=8"
     length = "--data.init_args.block_size=32 --trainer.val_check_interval=4"
     fit(cli, "masked_lm", f"{same} {sizes} {length} --data.init_args.files=text.txt")
+    older = tmp_path / "runs" / "a" / "checkpoints" / "best-step=9.ckpt"  # another step's, which is not whole
+    older.write_bytes(b"torn")
     shape = "--model.init_args.config.norm_placement=pre --model.init_args.config.qk_norm=true"
     start = "--run=b --model.init_args.init_from=runs/a --data.init_args.max_length=32"
     words = f"{same} {sizes} {shape} {start} --model.init_args.config.d_ff=null --data.init_args.files=table.csv"
@@ -192,3 +196,19 @@ def test_a_classifier_starts_from_a_run_that_filled_in_masks(cli, tmp_path):
     assert (len(before), len(after)) == (257, 256)  # the last of them is the mask
     assert (after - before[:-1]).abs().max() < 0.02  # four steps of a classifier at 2e-3 from there
     assert (after - before[:-1]).abs().mean() < 0.1 * before[:-1].std()
+
+
+def test_null_within_the_models_configuration_is_null_and_other_words_stay(cli):
+    base = "fit --config classification --print_config"
+    for words in ("--model.init_args.config.d_ff=null", "--model.init_args.config.d_ff null"):
+        assert print_config(cli, f"{base} {words}")["model"]["init_args"]["config"]["d_ff"] is None
+    found = print_config(cli, f"{base} --data.init_args.files=x/split=None --run a=None")
+    assert found["data"]["init_args"]["files"] == "x/split=None"
+    assert found["run"] == "a=None"
+
+
+def print_config(cli, words):
+    with pytest.raises(SystemExit) as stop:
+        cli(words)
+    assert not stop.value.code
+    return yaml.safe_load(cli.printed())

@@ -80,7 +80,7 @@ def test_one_step_is_clipped_to_what_was_asked_for():
     zero.step()
     zero.step()
     assert zero.clipped[-1] == zero.clip_grad == 0.5
-    assert vars(zero).keys() == vars(DeepSpeedZeroOptimizer()).keys()
+    assert "step" not in vars(zero)
 
 
 def test_a_step_follows_at_the_end_of_a_window_only():

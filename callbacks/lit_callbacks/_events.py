@@ -5,6 +5,7 @@ import logging
 import math
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -14,9 +15,33 @@ from lit_callbacks._listeners import tell_event
 FILENAME = "events.jsonl"
 
 
+_BEGINNING: dict[Path, "ref[Trainer]"] = {}
+
+
 def run_folder(trainer: Trainer) -> Path:
-    """Where this run keeps its files. All ranks must ask together: ``trainer.log_dir`` broadcasts."""
+    """Where this run keeps its files: where a logger has a folder for it alone, there. All ranks must ask together.
+
+    Lightning's ``trainer.log_dir`` is that of the first logger, and W&B's is the same for all runs.
+    """
+    folders: list[str] = [path for logger in trainer.loggers if isinstance(path := getattr(logger, "log_dir", 0), str)]
+    if folders:
+        return Path(trainer.strategy.broadcast(folders[0]))
     return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def begin(trainer: Trainer) -> None:
+    """Remember, at setup, that a run may begin in a folder with the events of another. All ranks together."""
+    folder = run_folder(trainer)
+    if not trainer.global_step and (folder / FILENAME).is_file():
+        _BEGINNING[folder] = ref(trainer)
+
+
+def begun(trainer: Trainer) -> None:
+    """Write down that a run has begun there, once Lightning has told whether it goes on from a checkpoint."""
+    for folder in [folder for folder, beginning in _BEGINNING.items() if beginning() is trainer]:
+        del _BEGINNING[folder]
+        if trainer.ckpt_path is None:
+            EventLog(folder).write(step=0, event="begin")
 
 
 @rank_zero_only
@@ -40,6 +65,8 @@ class EventLog:
         """Append one event and flush it. Entries that are None are left out, and NaN is written as ``"nan"``."""
         if self._path is None:
             return
+        if (beginning := _BEGINNING.get(self._path.parent)) is not None and (trainer := beginning()) is not None:
+            begun(trainer)
         plain = {key: _plain(value) for key, value in event.items() if value is not None}
         line = json.dumps(plain, allow_nan=False)
         try:

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_callbacks import _deepspeed
 from lit_callbacks._errors import SetupError
+from lit_callbacks._events import begin, begun
 from lit_callbacks._facts import forget
 from lit_callbacks._listeners import tell_values
 
@@ -48,14 +49,18 @@ class Member(Callback):
             return
         _refuse_sharded(self, trainer)
         forget(trainer)
+        begin(trainer)
         arrange(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the shared facts."""
+        begun(trainer)
         forget(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the shared facts: Lightning does not call ``teardown`` after an exception."""
+        if trainer.global_step:  # else it may be the checkpoint that cannot be gone on from
+            begun(trainer)
         forget(trainer)
 
 
@@ -81,6 +86,7 @@ def publish(
         for key, value in values.items():
             pl_module.log(key, value, on_step=False, on_epoch=True, sync_dist=several_ranks)
         return
+    begun(trainer)
     for logger in trainer.loggers:
         logger.log_metrics(dict(values), step=step)
     tell_values(trainer, step, values, logged=True)

@@ -7,6 +7,8 @@ from typing import Any
 def without_undone(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Without what lay ahead of a checkpoint that the run has gone on from: those steps were made anew.
 
+    And without what another run has written there before this one began.
+
     Args:
         events: Lines of ``events.jsonl``, in the order in which they were written.
 
@@ -18,6 +20,9 @@ def without_undone(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
     """
     kept: list[Mapping[str, Any]] = []
     for event in events:
+        if event.get("event") == "begin":
+            kept = []
+            continue
         if event.get("event") == "resume" and isinstance(event.get("step"), int):
             kept = [other for other in kept if not isinstance(other.get("step"), int) or other["step"] <= event["step"]]
         kept.append(event)

@@ -192,7 +192,7 @@ def with_lora(model: nn.Module, lora: Lora, task: Task) -> nn.Module:
     try:
         import peft
     except ImportError:
-        raise UsageError("lora needs peft: pip install 'lit-transformer[hf]'") from None
+        raise UsageError("lora needs peft (extra hf): pip install peft") from None
     targets = None if lora.target_modules is None else list(lora.target_modules)
     config = peft.LoraConfig(
         task_type=_PEFT_TASKS[task],
@@ -237,5 +237,5 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError:
-        raise UsageError("LitPretrained needs transformers: pip install 'lit-transformer[hf]'") from None
+        raise UsageError("LitPretrained needs transformers (extra hf): pip install transformers") from None
     return transformers

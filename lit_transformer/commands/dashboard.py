@@ -32,7 +32,7 @@ def main(words: list[str]) -> None:
         reason = why_offline()
     except ModuleNotFoundError:
         raise UsageError(
-            "wandb-workspaces is not installed; pip install wandb-workspaces, or 'lit-transformer[dashboard]'"
+            "wandb-workspaces is not installed (extra dashboard): pip install wandb-workspaces"
         ) from None
     if reason is not None:
         raise UsageError(f"a workspace is kept in W&B, which cannot be asked: {reason}")

@@ -46,7 +46,7 @@ def whole(folder: Path) -> dict[str, Any]:
         ]
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"{folder} was saved by DeepSpeed and cannot be read without it: pip install 'lit-transformer[deepspeed]' "
+            f"{folder} was saved by DeepSpeed and cannot be read without it: pip install deepspeed "
             f"({error})"
         ) from None
     model = models[0]

@@ -15,7 +15,7 @@ def load(name: str) -> Any:
     try:
         from transformers import AutoTokenizer
     except ImportError:
-        raise UsageError(f"the tokenizer {name} needs transformers: pip install 'lit-transformer[hf]'") from None
+        raise UsageError(f"the tokenizer {name} needs transformers (extra hf): pip install transformers") from None
     if not Path(name).is_dir() and ("/" not in name or name.count("/") > 1 or name.startswith((".", "/"))):
         raise UsageError(
             f"expected tokenizer to be 'bytes', 'bpe', 'unigram', a tokenizer.json, or the folder or OWNER/NAME of a "

@@ -112,7 +112,7 @@ def _datasets() -> Any:
     try:
         import datasets
     except ImportError:
-        raise UsageError("Parquet and data sets need datasets: pip install 'lit-transformer[hf]'") from None
+        raise UsageError("Parquet and data sets need datasets (extra hf): pip install datasets") from None
     return datasets
 
 

@@ -69,7 +69,11 @@ def test_the_charts_are_of_keys_in_the_catalogue():
             None,
             "a workspace is kept in W&B, which cannot be asked: there is no API key; wandb login",
         ),
-        (["--entity", "me"], "wandb_workspaces", "wandb-workspaces is not installed (extra dashboard): pip install wandb-workspaces"),
+        (
+            ["--entity", "me"],
+            "wandb_workspaces",
+            "is not installed (extra dashboard): pip install wandb-workspaces",
+        ),
         (["--entitty", "me"], None, "entity"),
     ],
 )

@@ -31,9 +31,7 @@ def main(words: list[str]) -> None:
         made: Any = workspace(options.entity, options.project, options.name)
         reason = why_offline()
     except ModuleNotFoundError:
-        raise UsageError(
-            "wandb-workspaces is not installed (extra dashboard): pip install wandb-workspaces"
-        ) from None
+        raise UsageError("wandb-workspaces is not installed (extra dashboard): pip install wandb-workspaces") from None
     if reason is not None:
         raise UsageError(f"a workspace is kept in W&B, which cannot be asked: {reason}")
     try:

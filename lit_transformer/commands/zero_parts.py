@@ -46,8 +46,7 @@ def whole(folder: Path) -> dict[str, Any]:
         ]
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"{folder} was saved by DeepSpeed and cannot be read without it: pip install deepspeed "
-            f"({error})"
+            f"{folder} was saved by DeepSpeed and cannot be read without it: pip install deepspeed ({error})"
         ) from None
     model = models[0]
     assemble = _Assembly(model["param_shapes"], ranks)

@@ -35,9 +35,9 @@ def what_was_done(actions: Sequence[Mapping[str, Any]], episodes: int) -> tuple[
         return ()
     kinds = [event["event"] for event in actions]
     went_back = [event for event in actions if event["event"] == "rollback"]
-    lost = kinds.count("skip") + sum(
-        max(1, event["step"] - _whole(event, "to_step", event["step"])) for event in went_back
-    )
+    undone = [range(min(_whole(e, "to_step", e["step"]), e["step"] - 1), e["step"]) for e in went_back]
+    left_out = [event["step"] for event in actions if event["event"] == "skip"]
+    lost = len({*left_out, *(step for steps in undone for step in steps)})
     parts = [count(kinds.count("skip"), "skipped step")]
     if went_back:
         parts.append(f"weights put back {times(len(went_back))}")

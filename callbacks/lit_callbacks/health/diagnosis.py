@@ -11,14 +11,13 @@ from lit_callbacks.health.loss import (
     at_risk,
     doubt,
     findings,
-    has_come_back,
     healthy,
     how_it_diverges,
-    level_before,
+    not_back,
     why_not_learning,
 )  # fmt: skip
 from lit_callbacks.health.remarks import count, explain, said_before
-from lit_callbacks.health.series import Series, course, training_loss_key
+from lit_callbacks.health.series import Points, Series, course, training_loss_key
 from lit_callbacks.health.signs import Sign, first_signs, order
 from lit_callbacks.health.unanswered import HORIZON, alarms_of, unanswered
 
@@ -106,14 +105,7 @@ def diagnose(series: Series, events: Sequence[Mapping[str, Any]]) -> Diagnosis:
         return _trouble("diverging", text, loss.rises_from, series, events, done)
     found = findings(points, events)
     if reason := why_not_learning(whole, found, series, events):
-        uniform = [event for event in events if event.get("alarm") == "attention_uniform"]
-        signs = first_signs({}, alarms_of(events), 0, end, points)
-        said = said_before(events, points[0][0] if points else 0)
-        warned = [event["step"] for event in (*found, *uniform)] + [sign.step for sign in signs[:1]]
-        warned += [step for step, _ in said]
-        told = [f"Said before the first step: {'; '.join(text for _, text in said)}."] if said else []
-        sentences = (f"Not learning: {reason}.", *_seen(signs), *told, *done, _ADVICE["learning"])
-        return Diagnosis("not learning", signs[0].where if signs else "", min(warned, default=None), sentences)
+        return _not_learning(reason, found, points, events, done)
     doubted = doubt(loss, judged) if loss else ""
     signs, passed = unanswered(series, events, actions, end, points)
     if signs or doubted:
@@ -121,15 +113,36 @@ def diagnose(series: Series, events: Sequence[Mapping[str, Any]]) -> Diagnosis:
         what = "a layer is all but dead" if dead else "there was an alarm that nothing answered"
         return _about("at risk", at_risk(loss, key, doubted, what), signs, done)
     if episodes and loss is not None:
-        onset = next((e[0]["step"] for e in episodes if e[0]["step"] > begin), begin)
-        before = loss.first if begin else level_before(points, onset, loss)
-        if not has_come_back(judged, before, loss):
-            text = f"At risk: the loss ends at {loss.last:.4g}, and was {before:.4g} before step {onset}, the first of "
-            return _trouble("at risk", f"{text}{count(len(episodes), 'episode')}.", onset, series, events, done)
+        # Of a level that was accepted nothing that was before counts.
+        onset = max(begin, episodes[0][0]["step"])
+        if (level := not_back(judged, onset, loss)) is not None:
+            since = f"before step {onset}, where the first of {count(len(episodes), 'episode')} began"
+            if begin:
+                since = f"at step {begin}, when that was accepted"
+            text = f"At risk: the loss ends at {loss.last:.4g}, and was {level:.4g} {since}."
+            return _trouble("at risk", text, onset, series, events, done)
     if episodes:
-        text = f"Recovered {times(len(episodes))}; the loss went on as before."
+        unknown = " as far as events tell; no training loss was logged."
+        text = f"Recovered {times(len(episodes))}{unknown if loss is None else '; the loss went on as before.'}"
         return _trouble("recovered", text, episodes[0][0]["step"], series, events, done)
     return Diagnosis("healthy", "", None, (healthy(whole, key, passed), *passed))
+
+
+def _not_learning(
+    reason: str,
+    found: Sequence[Mapping[str, Any]],
+    points: Points,
+    events: Sequence[Mapping[str, Any]],
+    done: Sequence[str],
+) -> Diagnosis:
+    """With all alarms, as nothing shows that they have passed, and what was said of the recipe."""
+    signs = first_signs({}, alarms_of(events), 0, events[-1]["step"] if events else 0, points)
+    said = said_before(events, points[0][0] if points else 0)
+    uniform = [event for event in events if event.get("alarm") == "attention_uniform"]
+    warned = [event["step"] for event in (*found, *uniform)] + [step for step, _ in said] + [s.step for s in signs[:1]]
+    told = [f"Said before the first step: {'; '.join(text for _, text in said)}."] if said else []
+    sentences = (f"Not learning: {reason}.", *_seen(signs), *told, *done, _ADVICE["learning"])
+    return Diagnosis("not learning", signs[0].where if signs else "", min(warned, default=None), sentences)
 
 
 def _trouble(

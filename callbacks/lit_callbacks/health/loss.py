@@ -36,17 +36,17 @@ def doubt(loss: Course, points: Points) -> str:
     return f"ends at {loss.last:.4g}{few}" if risen else ""
 
 
-def level_before(points: Points, step: int, loss: Course) -> float:
-    """The level that the loss had before a step; where none is known, that at which it began."""
-    before = usual([value for at, value in points if at < step], _FEW)
-    return before if math.isfinite(before) else loss.first
+def not_back(points: Points, step: int, loss: Course) -> float | None:
+    """The level before a step near which, or below, the loss does not end; None where it does.
 
-
-def has_come_back(points: Points, before: float, loss: Course) -> bool:
-    """Whether it ends near a level that it had, or below: by a tenth of it or of the fall to it, or by its noise."""
-    finite = [value for _, value in points if math.isfinite(value)][-_FEW:]
-    noise = min(3 * scatter(finite), 0.5 * abs(before))
-    return loss.last <= before + max(0.1 * abs(before), 0.1 * (loss.first - before), noise)
+    Near is a tenth of that level or of the fall to it, or the noise, of which half the level is believed. Where no
+    level is known, it is that at which the loss began.
+    """
+    before = [value for at, value in points if at < step and math.isfinite(value)][-_FEW:]
+    level = usual(before) if before else loss.first
+    noise = scatter(before if len(before) >= FEWEST else [v for _, v in points if math.isfinite(v)][-_FEW:])
+    near = max(0.1 * abs(level), 0.1 * (loss.first - level), min(3 * noise, 0.5 * abs(level)))
+    return level if loss.last > level + near else None
 
 
 def findings(points: Points, events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -211,7 +211,7 @@ def _first_not_finite(near: Series, begin: int) -> Iterator[Sign]:
         finite = {name: math.isfinite(layers[name][min(bad)]) for name in names if min(bad) in layers[name]}
         if len(finite) == 1 or any(finite.values()):
             at = list(finite.values()).index(False)
-            before = f", while that of {list(finite)[at - 1]} before it was" if at else ""
+            before = f"; that of {list(finite)[at - 1]} before it still was" if at else ""
             yield Sign(min(bad), "not_finite", list(finite)[at], _NOT_FINITE, f"{text} was not finite{before}")
 
 

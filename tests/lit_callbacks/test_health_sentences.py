@@ -163,6 +163,11 @@ def test_recovered_is_a_loss_that_has_come_back():
     assert diagnose({}, events).sentences[0] == unknown
 
 
+def test_a_burst_that_is_over_does_not_hide_that_the_loss_has_come_back():
+    loss = [(step, value + 4 * (179 <= step < 191)) for step, value in falling()]
+    assert diagnose({"train/loss": loss}, [rollback(100, 90)]).verdict == "recovered"
+
+
 # ---- what it cost
 
 

@@ -8,6 +8,7 @@ from lit_callbacks.health.series import FEWEST, Course, Points, Series, course, 
 
 _ENOUGH = 10  # values of the loss after a finding, which may refute it
 _FEW = 20  # values: one level of a long run
+_NEWEST = 5  # values, a quarter of a level
 _UNIFORM = 0.99  # as for AttentionEntropyMonitor
 
 
@@ -46,7 +47,8 @@ def not_back(points: Points, step: int, loss: Course) -> float | None:
     level = usual(before) if before else loss.first
     noise = scatter(before if len(before) >= FEWEST else [v for _, v in points if math.isfinite(v)][-_FEW:])
     near = max(0.1 * abs(level), 0.1 * (loss.first - level), min(3 * noise, 0.5 * abs(level)))
-    return level if loss.last > level + near else None
+    newest = usual([value for _, value in points], _NEWEST)  # a burst that is over is in the last level still
+    return level if min(loss.last, newest) > level + near else None
 
 
 def findings(points: Points, events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -35,9 +35,9 @@ def what_was_done(actions: Sequence[Mapping[str, Any]], episodes: int) -> tuple[
         return ()
     kinds = [event["event"] for event in actions]
     went_back = [event for event in actions if event["event"] == "rollback"]
-    lost = kinds.count("skip") + sum(
-        max(1, event["step"] - _whole(event, "to_step", event["step"])) for event in went_back
-    )
+    undone = [(min(_whole(event, "to_step", event["step"]), event["step"] - 1), event["step"]) for event in went_back]
+    left_out = [(event["step"], event["step"] + 1) for event in actions if event["event"] == "skip"]
+    lost = _covered([*undone, *left_out])
     parts = [count(kinds.count("skip"), "skipped step")]
     if went_back:
         parts.append(f"weights put back {times(len(went_back))}")
@@ -54,6 +54,15 @@ def times(n: int) -> str:
         ('once', 'twice', '3 times')
     """
     return {1: "once", 2: "twice"}.get(n, f"{n} times")
+
+
+def _covered(stretches: Sequence[tuple[int, int]]) -> int:
+    """Steps in stretches ``(begin, end)``, each counted once: a step that is undone twice was made once."""
+    covered, reached = 0, 0
+    for begin, end in sorted(stretches):
+        covered += max(0, end - max(begin, reached))
+        reached = max(reached, end)
+    return covered
 
 
 def _whole(event: Mapping[str, Any], key: str, otherwise: int) -> int:

@@ -7,18 +7,25 @@ from typing import Any
 
 from lit_callbacks.health.actions import ACTIONS, EPISODE, episodes_of, stopped, times, what_was_done
 from lit_callbacks.health.events import without_undone
-from lit_callbacks.health.remarks import explain
-from lit_callbacks.health.series import FEWEST, Course, Points, Series, course, training_loss_key
-from lit_callbacks.health.signs import DEAD, Sign, first_signs, order
+from lit_callbacks.health.loss import (
+    at_risk,
+    doubt,
+    findings,
+    healthy,
+    how_it_diverges,
+    not_back,
+    why_not_learning,
+)  # fmt: skip
+from lit_callbacks.health.remarks import count, explain, said_before
+from lit_callbacks.health.series import Points, Series, course, training_loss_key
+from lit_callbacks.health.signs import Sign, first_signs, order
+from lit_callbacks.health.unanswered import HORIZON, alarms_of, unanswered
 
-_HORIZON, _NEAR = 500, 100
-"""Steps before trouble in which an alarm, or else a value out of line, counts as its first sign.
+_NEAR = 100
+"""Steps before trouble in which a value out of line counts as its first sign: two measurements at the default cadence.
 
-The first is how long LossSpikeRecovery remembers a rollback. The second is two measurements at the default cadence; the
-longest that a value has been measured to lead the loss was 57 steps.
+The longest that a value has been measured to lead the loss was 57 steps.
 """
-_ENOUGH = 10  # values of the loss after a finding, which may refute it
-_UNIFORM = 0.99  # as for AttentionEntropyMonitor
 _ADVICE = {
     "gradient": "What to do: lower the learning rate, warm up for longer, or clip with gradient_clip_val=1.0.",
     "attention": "What to do: lower the learning rate, warm up for longer, or normalise queries and keys (qk_norm).",
@@ -26,6 +33,7 @@ _ADVICE = {
     "neurons": "What to do: lower the learning rate, warm up for longer, or take GELU or SwiGLU in place of ReLU.",
     "learning": "What to do: look at learning rate and warm-up; with post-LN warm up; see that labels fit inputs.",
     "not_finite": "What to do: look at the module and the batch that are named; in fp16 take precision='bf16-mixed'.",
+    "unplaced": "What to do: add NonFiniteAutopsy, which names module and batch; in fp16 take precision='bf16-mixed'.",
 }
 
 
@@ -53,8 +61,9 @@ def diagnose(series: Series, events: Sequence[Mapping[str, Any]]) -> Diagnosis:
     It *diverges* when the loss has left its lowest level for good, or is not finite at the end; it was *stopped* by
     recovery or a guard, it *recovered* from what they answered. It is *not learning* when the loss was flat all along
     and would have been seen to fall, or an observer has found that nothing is learned and it has not fallen since. It
-    is *at risk* when there was an alarm that nobody answered, unless it was of a gradient, early and only once, or when
-    most units of a layer are dead. Where the numbers do not tell, it is called healthy, without a clear trend.
+    is *at risk* when there was an alarm that nobody answered, unless it was of a gradient, early, only once and over;
+    when most units of a layer are dead; when the few values of a loss have more than doubled; or when it has not come
+    back from what was answered. Where the numbers do not tell, it is called healthy, without a clear trend.
 
     Args:
         series: ``(step, value)`` pairs, by step, under the keys of the callbacks' catalogue; missing ones are done
@@ -92,120 +101,81 @@ def diagnose(series: Series, events: Sequence[Mapping[str, Any]]) -> Diagnosis:
         onset = next(e[0]["step"] for e in episodes if e[-1]["step"] >= stop)
         return _trouble("stopped", f"Stopped at step {stop}: going on did not help.", onset, series, events, done)
     if loss is not None and loss.rises_from is not None:
-        return _trouble("diverging", _diverging(loss, judged[-1][1]), loss.rises_from, series, events, done)
-    findings = _findings(points, events)
-    if reason := _not_learning(whole, findings, series, events):
-        warned = [e["step"] for e in (*findings, *events) if e in findings or e.get("alarm") == "attention_uniform"]
-        text = f"Not learning: {reason}."
-        return Diagnosis("not learning", "", min(warned, default=None), (text, *done, _ADVICE["learning"]))
-    signs, passed = _unanswered(series, events, actions, end)
-    if signs:
-        what = "a layer is all but dead" if signs[0].kind == "neurons" else "there was an alarm that nothing answered"
-        return _about("at risk", f"At risk: the loss is well so far, but {what}.", signs, done)
-    if loss is not None and (doubt := _doubt(loss, len(judged))):
-        return Diagnosis("at risk", "", None, (f"At risk: {key} began at {loss.first:.4g}, and {doubt}.", *done))
+        text = how_it_diverges(loss, judged[-1][1])
+        return _trouble("diverging", text, loss.rises_from, series, events, done)
+    found = findings(points, events)
+    if reason := why_not_learning(whole, found, series, events):
+        return _not_learning(reason, found, points, events, done)
+    doubted = doubt(loss, judged) if loss else ""
+    signs, passed = unanswered(series, events, actions, end, points)
+    if signs or doubted:
+        dead = bool(signs) and signs[0].kind == "neurons"
+        what = "a layer is all but dead" if dead else "there was an alarm that nothing answered"
+        return _about("at risk", at_risk(loss, key, doubted, what), signs, done)
+    if episodes and loss is not None:
+        # Of a level that was accepted nothing that was before counts.
+        onset = max(begin, episodes[0][0]["step"])
+        if (level := not_back(judged, onset, loss)) is not None:
+            since = f"before step {onset}, where the first of {count(len(episodes), 'episode')} began"
+            if begin:
+                since = f"at step {begin}, when that was accepted"
+            text = f"At risk: the loss ends at {loss.last:.4g}, and was {level:.4g} {since}."
+            return _trouble("at risk", text, onset, series, events, done)
     if episodes:
-        text = f"Recovered {times(len(episodes))}; the loss went on as before."
+        unknown = " as far as events tell; no training loss was logged."
+        text = f"Recovered {times(len(episodes))}{unknown if loss is None else '; the loss went on as before.'}"
         return _trouble("recovered", text, episodes[0][0]["step"], series, events, done)
-    return Diagnosis("healthy", "", None, (_healthy(whole, key, passed), *passed))
+    return Diagnosis("healthy", "", None, (healthy(whole, key, passed), *passed))
+
+
+def _not_learning(
+    reason: str,
+    found: Sequence[Mapping[str, Any]],
+    points: Points,
+    events: Sequence[Mapping[str, Any]],
+    done: Sequence[str],
+) -> Diagnosis:
+    """With all alarms, as nothing shows that they have passed, and what was said of the recipe."""
+    signs = first_signs({}, alarms_of(events), 0, events[-1]["step"] if events else 0, points)
+    said = said_before(events, points[0][0] if points else 0)
+    uniform = [event for event in events if event.get("alarm") == "attention_uniform"]
+    warned = [event["step"] for event in (*found, *uniform)] + [step for step, _ in said] + [s.step for s in signs[:1]]
+    told = [f"Said before the first step: {'; '.join(text for _, text in said)}."] if said else []
+    sentences = (f"Not learning: {reason}.", *_seen(signs), *told, *done, _ADVICE["learning"])
+    return Diagnosis("not learning", signs[0].where if signs else "", min(warned, default=None), sentences)
 
 
 def _trouble(
     verdict: str, text: str, onset: int, series: Series, events: Sequence[Mapping[str, Any]], done: Sequence[str]
 ) -> Diagnosis:
     """Look for the first signs of what was there at ``onset``."""
-    end = onset + EPISODE
-    signs = [*first_signs({}, events, onset - _HORIZON, end), *first_signs(series, (), onset - _NEAR, end)]
-    if signs:
+    end, losses = onset + EPISODE, series.get(training_loss_key(series) or "", ())
+    alarms = first_signs({}, events, onset - HORIZON, end, losses)
+    signs = [*alarms, *first_signs(series, (), onset - _NEAR, end, losses)]
+    placed = [sign for sign in signs if sign.where]
+    if signs := placed or signs:
         return _about(verdict, text, sorted(signs, key=order), done)
     unseen = f"No layer was measured out of line in the {_NEAR} steps before step {onset}: measure more often."
-    if event := next((event for event in events if event["step"] == onset and event.get("event") in ACTIONS), None):
+    event = next((event for event in events if event["step"] == onset and event.get("event") in ACTIONS), None)
+    if event:
         unseen = f"What was seen first: at step {onset}, {explain(event, series).seen}; in no layer that was measured."
-    return Diagnosis(verdict, "", onset, (text, unseen, *done))
+    lost = any(onset <= step <= end and not math.isfinite(value) for step, value in losses)
+    advice = [_ADVICE["unplaced"]] if lost or (event and event.get("rule") == "non_finite_loss") else []
+    return Diagnosis(verdict, "", onset, (text, unseen, *done, *advice))
 
 
 def _about(verdict: str, text: str, signs: Sequence[Sign], done: Sequence[str]) -> Diagnosis:
+    if not signs:
+        return Diagnosis(verdict, "", None, (text, *done))
     first = signs[0]
-    others = list(dict.fromkeys(sign.where for sign in signs[1:] if sign.where != first.where))
+    return Diagnosis(verdict, first.where, first.step, (text, *_seen(signs), *done, _ADVICE[first.kind]))
+
+
+def _seen(signs: Sequence[Sign]) -> tuple[str, ...]:
+    """The first sign in a sentence, and where there were others; none where there are no signs."""
+    if not signs:
+        return ()
+    first = signs[0]
+    others = list(dict.fromkeys(sign.where for sign in signs[1:] if sign.where not in ("", first.where)))
     then = f" Then in {', '.join(others[:3])}{' and others' if len(others) > 3 else ''}." if others else ""
-    seen = f"What was seen first: at step {first.step}, in {first.where}, {first.text}.{then}"
-    return Diagnosis(verdict, first.where, first.step, (text, seen, *done, _ADVICE[first.kind]))
-
-
-def _diverging(loss: Course, last: float) -> str:
-    ended = f"{loss.last:.4g}" if math.isfinite(last) and math.isfinite(loss.last) else "a value that is not finite"
-    lowest = f"had come down to {loss.lowest:.4g}" if math.isfinite(loss.lowest) else "had no level that was finite"
-    return f"Diverging since step {loss.rises_from}: the loss {lowest} and ends at {ended}."
-
-
-def _doubt(loss: Course, n: int) -> str:
-    """Why a loss of ``n`` values that does not rise for good is not well either."""
-    if not math.isfinite(loss.last):
-        return "most of its last values are not finite"
-    risen = n < FEWEST and loss.last - loss.first > max(abs(loss.first), 8 * loss.noise)
-    return f"ends at {loss.last:.4g}, in too few values to say more" if risen else ""
-
-
-def _findings(points: Points, events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """That nothing is learned, as long as the loss has not fallen since."""
-
-    def has_fallen(step: int) -> bool:
-        since = [point for point in points if point[0] > step]
-        before = [point for point in points if point[0] <= step]
-        return len(since) >= _ENOUGH and course([*before[-FEWEST:], *since]).trend == "falling"
-
-    found = [event for event in events if event.get("event") == "recipe" and event.get("id") == "not-learning"]
-    return [event for event in found if not has_fallen(event["step"])]
-
-
-def _not_learning(
-    loss: Course | None, findings: Sequence[Mapping[str, Any]], series: Series, events: Sequence[Mapping[str, Any]]
-) -> str:
-    if loss is not None and loss.trend == "flat":
-        return f"the loss began at {loss.first:.4g} and ends at {loss.last:.4g}"
-    if findings:
-        return str(findings[-1].get("text", "the loss is that of guessing by frequency")).rstrip(".")
-    if any(event.get("alarm") == "attention_uniform" for event in events):
-        entropies = [
-            points[-1][1]
-            for key, points in series.items()
-            if key.startswith("attention_entropy/") and not key.endswith("/min") and len(points)
-        ]
-        if not entropies or sorted(entropies)[len(entropies) // 2] > _UNIFORM:
-            return "attention looks at everything alike, so that nothing is learned from context"
-    return ""
-
-
-def _unanswered(
-    series: Series, events: Sequence[Mapping[str, Any]], actions: Sequence[Mapping[str, Any]], end: int
-) -> tuple[list[Sign], tuple[str, ...]]:
-    """Alarms in whose 500 steps nothing was done, and layers that are dead at the end; and alarms that have passed."""
-    alarms = [
-        event for event in events
-        if event.get("event") == "alarm" and event.get("alarm") != "attention_uniform"
-        and not any(0 <= action["step"] - event["step"] <= _HORIZON for action in actions)
-    ]  # fmt: skip
-    passed = [alarm for alarm in alarms if _has_passed(alarm, alarms, end)]
-    signs = first_signs({}, [alarm for alarm in alarms if alarm not in passed], 0, end)
-    dead = {
-        key: points
-        for key, points in series.items()
-        if key.startswith("dead_neurons/") and len(points) and points[-1][1] >= DEAD
-    }
-    once = [f"Only once, at step {s.step}, in {s.where}: {s.text}." for s in first_signs({}, passed, 0, end)[:3]]
-    return sorted([*signs, *first_signs(dead, (), 0, end)], key=order), tuple(once)
-
-
-def _has_passed(alarm: Mapping[str, Any], alarms: Sequence[Mapping[str, Any]], end: int) -> bool:
-    """Whether it was of a gradient, never came again, and is not of the last tenth; attention stays as it is."""
-    kind, step = str(alarm.get("alarm")), alarm["step"]
-    again = any(other.get("alarm") == kind and abs(other["step"] - step) > EPISODE for other in alarms)
-    return kind.startswith("gradient") and not again and step <= 0.9 * end
-
-
-def _healthy(loss: Course | None, key: str | None, passed: Sequence[str]) -> str:
-    if loss is None:
-        return "Healthy as far as events tell; no training loss was logged."
-    trend = ", which is no clear trend" if loss.trend == "unclear" else ""
-    calm = "all is well at the end" if passed else "nothing was out of line"
-    return f"Healthy: {key} went from {loss.first:.4g} to {loss.last:.4g}{trend}, and {calm}."
+    return (f"What was seen first: at step {first.step}{first.place}, {first.text}.{then}",)

@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lit_callbacks.health.series import Series, loss_key, usual
@@ -69,6 +69,26 @@ def explain(event: Mapping[str, Any], series: Series | None = None, where: str =
     if kind == "recipe":
         return Remark(step, kind, f"{event.get('text', event.get('id'))}".rstrip("."), _advice(event), "")
     return Remark(step, kind, *_others(kind, event))
+
+
+def said_before(events: Sequence[Mapping[str, Any]], begin: int) -> list[tuple[int, str]]:
+    """Step and text of the errors and warnings on the recipe up to step ``begin``, each once, errors first.
+
+    Example:
+        >>> found = {"step": 0, "event": "recipe", "id": "no-clipping", "severity": "warning", "text": "Not clipped."}
+        >>> said_before([found, found, {**found, "severity": "note"}], 0)
+        [(0, 'no-clipping: Not clipped')]
+    """
+    return [
+        (step, text)
+        for severity in ("error", "warning")
+        for text, step in {
+            f"{event.get('id')}: {event.get('text', '')}".rstrip("."): _step(event)
+            for event in events
+            if event.get("event") == "recipe" and event.get("severity") == severity and _step(event) <= begin
+            and event.get("id") != "not-learning"
+        }.items()
+    ]  # fmt: skip
 
 
 def _seen(event: Mapping[str, Any], series: Series) -> str:

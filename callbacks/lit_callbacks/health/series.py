@@ -89,7 +89,7 @@ def course(points: Points) -> Course:
     n_first = max(1, min(_FIRST, len(values) // 3))
     first = float(np.median([*values[np.isfinite(values)][:n_first]] or [np.nan]))
     lowest, last = float(levels[at]), float(levels[-1])
-    deviation = max(_deviation(values[max(0, at + width - 2 * _LEVEL) : at + width]), _scatter(values[-2 * width :]))
+    deviation = max(_deviation(values[max(0, at + width - 2 * _LEVEL) : at + width]), scatter(values[-2 * width :]))
     noise = 1.25 * deviation / math.sqrt(width)
     if len(values) >= _JUDGED:  # neighbours may be alike, and levels wander more than their values tell
         known = levels[np.isfinite(levels)]
@@ -97,7 +97,7 @@ def course(points: Points) -> Course:
     limit = lowest + max(0.05 * abs(lowest), 0.1 * max(first - lowest, 0.0), 8 * noise)
     begin = _rise(values, levels, limit)
     rises_from = None if begin is None else int(steps[begin])
-    deviation = _scatter(values[-10 * width :])
+    deviation = scatter(values[-10 * width :])
     error = 1.25 * deviation * math.sqrt(1 / n_first + 1 / width)
     # A fall within the first values, which their median does not show, and values at the end that are not finite.
     hidden = max(values[:n_first]) > last + 3.5 * deviation + 0.05 * first or not math.isfinite(last)
@@ -144,8 +144,14 @@ def _deviation(values: NDArray[np.float64]) -> float:
     return _SIGMA * float(np.median(np.abs(finite - np.median(finite)))) if len(finite) else 0.0
 
 
-def _scatter(values: NDArray[np.float64]) -> float:
-    """The deviation around a level or a straight line, whichever is less: of what rises, the noise alone."""
+def scatter(values: Sequence[float] | NDArray[np.float64]) -> float:
+    """The deviation around a level or a straight line, whichever is less: of what rises, the noise alone.
+
+    Example:
+        >>> scatter([1.0, 2.0, 3.0]) < 1e-9, scatter([1.0])
+        (True, 0.0)
+    """
+    values = np.asarray(values, dtype=float)
     finite = np.flatnonzero(np.isfinite(values))
     if len(finite) < 3:
         return 0.0

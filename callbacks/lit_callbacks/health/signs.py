@@ -1,6 +1,7 @@
 """What was seen first: which layer's gradient, attention, activations or units were out of line with their own past."""
 
 import math
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,6 +28,11 @@ _POSITIVE = {
     "residual/kurtosis_": "the residual stream's kurtosis",
     "attention_logit_max/": "the largest attention logit",
 }
+_FORWARD = {
+    **{prefix: text for prefix, text in _POSITIVE.items() if prefix != "grad_norm/"},
+    "attention_entropy/": "the attention entropy",
+}
+_DIGITS = re.compile(r"\d+")
 _SECTIONS = ("attention_entropy", "dead_neurons")
 _ALARMS = {
     "gradient_not_finite": "the gradient was not finite",
@@ -46,17 +52,28 @@ class Sign(NamedTuple):
 
     step: int
     kind: str
-    """``gradient``, ``attention``, ``residual``, ``neurons`` or ``not_finite``."""
+    """``gradient``, ``attention``, ``residual``, ``neurons``, ``not_finite`` or ``unplaced``: where is not known."""
     where: str
     strength: float
     """To compare signs of one step: how far out of line."""
     text: str
 
+    @property
+    def place(self) -> str:
+        """To go on a sentence with; empty where it is not known."""
+        return f", in {self.where}" if self.where else ""
 
-def first_signs(series: Series, events: Sequence[Mapping[str, Any]], begin: int, end: int) -> list[Sign]:
-    """All signs from step ``begin`` to ``end``, at most one of a series, the earliest and strongest first."""
+
+def first_signs(
+    series: Series, events: Sequence[Mapping[str, Any]], begin: int, end: int, losses: Points = ()
+) -> list[Sign]:
+    """All signs from step ``begin`` to ``end``, at most one of a series, the earliest and strongest first.
+
+    Where the loss, one of ``losses``, is not finite, an alarm of the gradient does not say where that began.
+    """
     near = {key: _between(points, begin, end) for key, points in series.items() if _is_watched(key)}
-    found = [*_of_events(events), *_telling(list(_of_series(near, begin)), near)]
+    gradients = _telling(list(_of_series(near, begin)), near)
+    found = [*_of_events(events, losses), *gradients, *_first_not_finite(near, begin)]
     return sorted((sign for sign in found if begin <= sign.step <= end), key=order)
 
 
@@ -75,7 +92,7 @@ def alarm_text(alarm: str) -> str:
     return _ALARMS.get(alarm, alarm.replace("_", " "))
 
 
-def _of_events(events: Sequence[Mapping[str, Any]]) -> Iterator[Sign]:
+def _of_events(events: Sequence[Mapping[str, Any]], losses: Points) -> Iterator[Sign]:
     # With such a loss all gradients are not finite, and which parameter comes first says nothing.
     bad_losses = {event.get("step") for event in events if event.get("rule") == "non_finite_loss"}
     for event in events:
@@ -84,6 +101,10 @@ def _of_events(events: Sequence[Mapping[str, Any]]) -> Iterator[Sign]:
             continue
         if kind == "alarm" and isinstance(where, list) and where:
             alarm = str(event.get("alarm"))
+            if "finite" in alarm and _is_lost(losses, step):
+                text = "neither the loss nor any gradient was finite, and which layer began it is not known"
+                yield Sign(step, "unplaced", "", 0.0, text)
+                continue
             sort = "not_finite" if "finite" in alarm else "gradient" if "gradient" in alarm else "attention"
             yield Sign(step, sort, str(where[0]), _ALARM, alarm_text(alarm))
         elif kind == "autopsy" and where:
@@ -111,6 +132,14 @@ def _between(points: Points, begin: int, end: int) -> Points:
     """Those from ``begin`` to ``end``, and what is needed to judge the first of them."""
     first = bisect_left(points, begin, key=lambda point: point[0])
     return points[max(0, first - _WINDOW) : bisect_right(points, end, key=lambda point: point[0])]
+
+
+def _is_lost(losses: Points, step: int) -> bool:
+    """Whether the loss of a step was not finite: it is known, or those around it are not."""
+    after = bisect_left(losses, step, key=lambda point: point[0])
+    known = after < len(losses) and losses[after][0] == step
+    around = losses[after : after + 1] if known else losses[max(0, after - 1) : after + 1]
+    return bool(len(around)) and not any(math.isfinite(value) for _, value in around)
 
 
 def _telling(signs: list[Sign], near: Series) -> list[Sign]:
@@ -147,7 +176,7 @@ def _too_large(key: str, prefix: str, points: Points, begin: int) -> Sign | None
     for step, raw in points:
         value = raw + shift
         if not math.isfinite(value):
-            if step >= begin:
+            if step >= begin and kind == "gradient":
                 return Sign(step, "not_finite", where, _NOT_FINITE, f"{_POSITIVE[prefix]} was not finite")
             continue
         log = math.log(max(value, 1e-30))
@@ -160,6 +189,30 @@ def _too_large(key: str, prefix: str, points: Points, begin: int) -> Sign | None
                 return Sign(step, kind, where, times, f"{_POSITIVE[prefix]} was {times:.3g} times its usual value")
         past = [*past, log][-_WINDOW:]
     return None
+
+
+def _first_not_finite(near: Series, begin: int) -> Iterator[Sign]:
+    """In the forward pass, the first layer whose values are not finite, unless none are: then it was before this step.
+
+    Layers come in the order in which they were logged, and of one kind by their numbers.
+    """
+    for prefix, text in _FORWARD.items():
+        layers: dict[str, dict[int, float]] = {}
+        for key, points in near.items():
+            if key.startswith(prefix):
+                layers.setdefault(key.removeprefix(prefix).partition("_head_")[0], {}).update(points)
+        bad = [
+            step for points in layers.values() for step, v in points.items() if step >= begin and not math.isfinite(v)
+        ]
+        if not bad:
+            continue
+        kinds = list(dict.fromkeys(_DIGITS.sub("", name) for name in layers))
+        names = sorted(layers, key=lambda name: (kinds.index(_DIGITS.sub("", name)), *map(int, _DIGITS.findall(name))))
+        finite = {name: math.isfinite(layers[name][min(bad)]) for name in names if min(bad) in layers[name]}
+        if len(finite) == 1 or any(finite.values()):
+            at = list(finite.values()).index(False)
+            before = f"; that of {list(finite)[at - 1]} before it still was" if at else ""
+            yield Sign(min(bad), "not_finite", list(finite)[at], _NOT_FINITE, f"{text} was not finite{before}")
 
 
 def _collapse(name: str, points: Points, logits: Mapping[int, float], begin: int) -> Sign | None:

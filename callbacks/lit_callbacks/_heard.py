@@ -59,12 +59,16 @@ class Heard:
     def read_losses(self) -> None:
         """Read the training losses that wait on the device."""
         if self._waiting:
-            values = iter(torch.cat([means.values for means in self._waiting]).tolist())
-            for means in self._waiting:
-                for step, factor, value in zip(means.steps, means.factors, values):  # noqa: B905
-                    if step is not None:
-                        self.keep(step, {TRAIN_LOSS: factor * value})
+            values = torch.cat([means.values for means in self._waiting]).tolist()
+            known = [pair for means in self._waiting for pair in zip(means.steps, means.factors, strict=True)]
             self._waiting = []
+            made = [
+                (step, factor * value) for (step, factor), value in zip(known, values, strict=True) if step is not None
+            ]
+            if made and TRAIN_LOSS not in self.curves:
+                self.curves[TRAIN_LOSS] = _trace(TRAIN_LOSS)
+            for point in made:
+                self.curves[TRAIN_LOSS].add(*point)
 
     def keep_event(self, event: Mapping[str, Any]) -> dict[str, Any]:
         """An event without secrets and with the first items of its lists; it is returned as it is kept."""

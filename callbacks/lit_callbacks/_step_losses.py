@@ -1,12 +1,13 @@
 """The loss of every optimizer step over micro-batches and ranks, for the price of one step in ten."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lit_callbacks._facts import amp_scale, facts_of
+from lit_callbacks._facts import amp_scale, facts_of, has_scaler
 from lit_callbacks._ranks import rows_of_ranks
 
 TOGETHER = 10  # optimizer steps
@@ -16,7 +17,7 @@ class Means(NamedTuple):
     """Mean losses, on the device, ``(n,)``: each times its factor is that of the step; None for one to be left out."""
 
     steps: list[int | None]
-    factors: list[int]
+    factors: list[float]
     values: Tensor
 
 
@@ -27,12 +28,15 @@ class StepLosses:
     """
 
     def __init__(self) -> None:
-        self._kept: list[tuple[int | None, int, list[Tensor], Tensor | None]] = []
-        self._last = -1
+        self.forget()
 
     def forget(self) -> None:
         """Begin anew."""
-        self._kept, self._last = [], -1
+        self._kept: list[tuple[int | None, list[Tensor]]] = []
+        self._factors: list[float] = []
+        self._scales: list[Tensor] = []
+        self._last = -1
+        self._scaled: bool | None = None
 
     def keep(self, trainer: Trainer, step: int, left_out: bool) -> bool:
         """Take the losses of the step under way, once; whether it is time to make means."""
@@ -40,24 +44,36 @@ class StepLosses:
             return False
         self._last = step
         losses = facts_of(trainer).shown(step)
-        unknown = left_out or not losses  # of one whose backward pass Lightning has not made is none
-        self._kept.append((None if unknown else step, trainer.accumulate_grad_batches, losses, amp_scale(trainer)))
+        self._kept.append((None if left_out or not losses else step, losses))  # of an unknown backward pass is none
+        self._factors.append(trainer.accumulate_grad_batches)
+        if self._scaled is None:
+            self._scaled = has_scaler(trainer)
+        if self._scaled and (scale := amp_scale(trainer)) is not None:  # which changes from step to step
+            self._scales.append(scale)
         return len(self._kept) >= TOGETHER
 
     def means(self, trainer: Trainer) -> Means | None:
         """Of what is kept, which is then forgotten. All ranks must ask together: it is one small collective."""
-        kept, self._kept = self._kept, []
-        if not kept:
+        if not self._kept:
             return None
-        steps, factors, shown, scales = zip(*kept, strict=True)
+        steps, shown = [step for step, _ in self._kept], [losses for _, losses in self._kept]
+        factors, scales = self._factors, self._scales
+        self._kept, self._factors, self._scales = [], [], []
         device = trainer.strategy.root_device
-        width = max(1, *map(len, shown))
-        nothing, one = torch.zeros((), device=device), torch.ones((), device=device)
-        rows = [x.reshape(()).to(device) for losses in shown for x in (*losses, *[nothing] * (width - len(losses)))]
-        sums = torch.stack(rows).float().view(-1, width).sum(1)
-        counts = torch.stack([x for losses in shown for x in [one] * len(losses) + [nothing] * (width - len(losses))])
-        if scales[0] is not None:
+        sums = _sums(shown, torch.zeros((), device=device))
+        if scales:
             sums = sums / torch.stack(scales)
-        both = torch.cat([sums, counts.view(-1, width).sum(1)])
-        sums, counts = rows_of_ranks(trainer, both).sum(0).chunk(2)
-        return Means([*steps], [*factors], sums / counts)
+        if trainer.world_size == 1:
+            return Means(steps, [by / max(1, len(losses)) for by, losses in zip(factors, shown, strict=True)], sums)
+        one = torch.ones((), device=device)
+        counts = _sums([[one] * len(losses) for losses in shown], torch.zeros((), device=device))
+        sums, counts = rows_of_ranks(trainer, torch.cat([sums, counts])).sum(0).chunk(2)
+        return Means(steps, factors, sums / counts)
+
+
+def _sums(rows: Sequence[Sequence[Tensor]], nothing: Tensor) -> Tensor:
+    """Of rows of scalars, which may differ in length, fp32, ``(n,)``."""
+    width = max(1, *map(len, rows))
+    flat = [x if x.dim() == 0 else x.reshape(()) for row in rows for x in (*row, *[nothing] * (width - len(row)))]
+    sums = torch.stack(flat).float()
+    return sums if width == 1 else sums.view(-1, width).sum(1)

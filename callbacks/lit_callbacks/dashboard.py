@@ -18,11 +18,12 @@ from lit_callbacks._heard import Heard
 from lit_callbacks._heat_maps import draw, heat_maps
 from lit_callbacks._listeners import listen, stop_listening
 from lit_callbacks._member import Member
-from lit_callbacks._pictures import logger_kind, show_picture
+from lit_callbacks._pictures import show_picture
 from lit_callbacks._redaction import redacted
 from lit_callbacks._step_losses import StepLosses
 from lit_callbacks._step_skipper import DivergenceError
-from lit_callbacks._wandb_runs import Alerts, hide, introduce, is_of_a_part, keep_checkpoints, log_events, wandb_runs
+from lit_callbacks._verdict import show_verdict
+from lit_callbacks._wandb_runs import Alerts, hide, introduce, is_of_a_part, keep_checkpoints, log_events
 from lit_callbacks.health import Diagnosis, diagnose
 
 _SHARE = 0.002  # of the run's time, for pictures
@@ -153,11 +154,13 @@ class Dashboard(Member):
             if self._losses.keep(trainer, step, left_out=not self._heard.was_made(step)):
                 self._gather(trainer, name=not self._named)
 
-    def _gather(self, trainer: Trainer, name: bool) -> None:
-        """Mean losses from all ranks, which must be here together, and their name."""
+    def _gather(self, trainer: Trainer, name: bool = False, alone: bool = False) -> None:
+        """Mean losses from all ranks, which must be here together unless there is but one, and their name."""
+        if not self._on or (alone and trainer.world_size > 1):
+            return
         means = self._losses.means(trainer)
         logged = [*trainer.logged_metrics] if name else []  # on all ranks, as reading them may reduce them
-        self._named = self._named or name
+        self._named |= name
         if self._trainer is not None:
             self._heard.call_loss(logged)
             if means is not None:
@@ -181,8 +184,7 @@ class Dashboard(Member):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the last losses, before a checkpoint is written."""
-        if self._on:
-            self._gather(trainer, name=True)
+        self._gather(trainer, name=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show everything, with the verdict."""
@@ -195,7 +197,7 @@ class Dashboard(Member):
             title = "Run stopped" if isinstance(exception, DivergenceError) else "Run failed"
             text = f"step {trainer.global_step}: {type(exception).__name__}: {exception}"
             self._attempt(lambda: self._alerts.send(trainer, title, redacted(text)))
-        self._gather_alone(name=True)
+        self._gather(trainer, name=True, alone=True)
         self._conclude()
         self._leave()
 
@@ -230,13 +232,7 @@ class Dashboard(Member):
         assert self._trainer is not None
         self.diagnosis = found = diagnose(self._heard.series(), self._heard.events)
         counters = {name: self._heard.last.get(f"loss_spike/{name}", 0.0) for name in ("rollbacks", "steps_lost")}
-        columns = {"verdict": found.verdict, "culprit": found.culprit, "first_warning_step": found.first_warning_step}
-        for run in wandb_runs(self._trainer):
-            run.summary.update({f"health/{name}": value for name, value in (columns | counters).items()})
-        loggers: list[Any] = self._trainer.loggers
-        for logger in loggers:
-            if logger_kind(logger) == "TensorBoardLogger":
-                logger.experiment.add_text("health/verdict", "  \n".join(found.sentences), self._trainer.global_step)
+        show_verdict(self._trainer, found, counters)
 
     def _attempt(self, act: Callable[..., Any], *args: Any) -> None:
         """What a logger does must not end training."""
@@ -247,14 +243,10 @@ class Dashboard(Member):
                 self._warned = True
                 rank_zero_warn(f"Dashboard could not show everything: {type(error).__name__}: {error}")
 
-    def _gather_alone(self, name: bool = False) -> None:
-        """Take the losses since the last ten steps where no other rank is needed for it."""
-        if self._trainer is not None and self._trainer.world_size == 1:
-            self._gather(self._trainer, name)
-
     def state_dict(self) -> dict[str, Any]:
         """What has been heard."""
-        self._gather_alone()
+        if self._trainer is not None:
+            self._gather(self._trainer, alone=True)
         return self._heard.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -41,18 +41,16 @@ class Heard:
                     self.curves[key] = _trace(key)
                 self.curves[key].add(step, value)
 
-    def call_loss(self, logged: Iterable[str]) -> None:
-        """Call the training loss by the name under which it is logged, if it is."""
-        self.loss_key = training_loss_key(dict.fromkeys(logged, ())) or self.loss_key
-
     def was_made(self, step: int) -> bool:
         """Whether the coming step is, as far as events tell."""
         last = self.events[-1] if self.events else {}
         return not (last.get("step") == step and last.get("event") in ("skip", "rollback", "stop"))
 
-    def keep_losses(self, means: Means) -> None:
-        """Training losses; the host reads many at once."""
-        self._waiting.append(means)
+    def keep_losses(self, means: Means | None, logged: Iterable[str] = ()) -> None:
+        """Training losses, which go by the name under which one is logged if it is; the host reads many at once."""
+        self.loss_key = training_loss_key(dict.fromkeys(logged, ())) or self.loss_key
+        if means is not None:
+            self._waiting.append(means)
         if sum(len(means.steps) for means in self._waiting) >= _WAITING:
             self.read_losses()
 

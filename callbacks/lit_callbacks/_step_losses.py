@@ -28,10 +28,6 @@ class StepLosses:
     """
 
     def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """Begin anew."""
         self._kept: list[tuple[int | None, list[Tensor]]] = []
         self._factors: list[float] = []
         self._scales: list[Tensor] = []

@@ -79,7 +79,7 @@ class Dashboard(Member):
     serves_zero = True
 
     def __init__(self, every_n_steps: int = 1000, alert_every_minutes: float = 5.0, checkpoints: bool = False) -> None:
-        self._cadence, self._losses = Cadence(every_n_steps), StepLosses()
+        self._cadence = Cadence(every_n_steps)
         if alert_every_minutes < 0:
             raise ValueError(f"alert_every_minutes must be at least 0, got {alert_every_minutes}")
         self.every_n_steps = every_n_steps
@@ -94,7 +94,7 @@ class Dashboard(Member):
         stop_listening(self)
         self._on = False
         self._trainer: Trainer | None = None
-        self._folder = Path()
+        self._folder, self._losses = Path(), StepLosses()
         self._warned = False
         self._alerts = Alerts(self.alert_every_minutes)
         self._hidden: set[str] = set()
@@ -117,8 +117,6 @@ class Dashboard(Member):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what lies ahead of where this fit begins, and introduce it to W&B."""
         step = trainer.global_step
-        self._losses.forget()
-        self._named = False
         if self._trainer is None:
             return
         self._cadence.start(step + 1)  # the first heat map is not of one step
@@ -162,9 +160,7 @@ class Dashboard(Member):
         logged = [*trainer.logged_metrics] if name else []  # on all ranks, as reading them may reduce them
         self._named |= name
         if self._trainer is not None:
-            self._heard.call_loss(logged)
-            if means is not None:
-                self._heard.keep_losses(means)
+            self._heard.keep_losses(means, logged)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -197,7 +193,7 @@ class Dashboard(Member):
             title = "Run stopped" if isinstance(exception, DivergenceError) else "Run failed"
             text = f"step {trainer.global_step}: {type(exception).__name__}: {exception}"
             self._attempt(lambda: self._alerts.send(trainer, title, redacted(text)))
-        self._gather(trainer, name=True, alone=True)
+        self._attempt(self._gather, trainer, True, True)
         self._conclude()
         self._leave()
 

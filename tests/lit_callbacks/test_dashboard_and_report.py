@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
 from helpers import TinyLM, loader
@@ -105,6 +106,16 @@ def test_of_every_step_the_mean_over_micro_batches_is_judged(make_trainer, accum
     )
     parts = [losses[i : i + accumulate] for i in range(0, len(losses), accumulate)]
     assert dict(losses_of(dashboard)) == pytest.approx({i: float(np.mean(part)) for i, part in enumerate(parts)})
+
+
+def test_a_scale_that_changes_from_step_to_step_is_taken_out(make_trainer):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+    losses, dashboard = [float(i) for i in range(25)], Dashboard()
+    plugins = [MixedPrecision("16-mixed", device="cpu", scaler=scaler)]
+    trainer = make_trainer(max_steps=25, callbacks=[dashboard], plugins=plugins)
+    trainer.fit(Follows(None), DataLoader(torch.tensor(losses), batch_size=1))
+    assert scaler.get_scale() > 1024
+    assert dict(losses_of(dashboard)) == pytest.approx(dict(enumerate(losses)))
 
 
 def test_lbfgs_which_asks_often_has_one_loss_a_step(make_trainer):

@@ -77,6 +77,10 @@ class StepFacts:
         scale = amp_scale(trainer)
         return losses if scale is None else losses / scale
 
+    def shown(self, step: int) -> list[Tensor]:
+        """Those of a step, one by one as the hook showed them: divided by accumulate_grad_batches, and scaled."""
+        return list(self._losses) if self._step == step else []
+
     def gradients(self, trainer: Trainer, optimizer: Optimizer) -> Gradients:
         """Norms of the unscaled, accumulated gradients of the optimizer's parameters before clipping."""
         key = (trainer.global_step, id(optimizer))

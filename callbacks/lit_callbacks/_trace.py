@@ -4,11 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-_RECENT = 200
-
 
 class Trace:
-    """Points (step, value): the last 200 as they came, and older ones as one for each of at most ``most`` stretches.
+    """Points (step, value): the last as they came, and older ones as one for each of at most ``most`` stretches.
 
     Args:
         keep: Which point of a stretch is kept: one whose value says when trouble began is its highest or lowest (one
@@ -19,6 +17,7 @@ class Trace:
         stride: Points that a stretch has had.
         offered: Points that have become old.
         recent: The last ones.
+        late: How many those are.
 
     Example:
         >>> trace = Trace("high", most=2)
@@ -37,8 +36,9 @@ class Trace:
         stride: int = 1,
         offered: int = 0,
         recent: Sequence[Sequence[float]] = (),
+        late: int = 200,
     ) -> None:
-        self.keep, self.most = keep, most
+        self.keep, self.most, self.late = keep, most, late
         self.steps, self.values = list(steps), list(values)
         self.stride, self.offered = stride, offered
         self.recent = [(int(step), value) for step, value in recent]
@@ -49,9 +49,9 @@ class Trace:
         return [*zip(self.steps, self.values, strict=True), *self.recent]
 
     def add(self, step: int, value: float) -> None:
-        """Take a point; the oldest of the last 200 becomes part of a stretch."""
+        """Take a point; the oldest of the last ones becomes part of a stretch."""
         self.recent.append((step, value))
-        if len(self.recent) <= _RECENT:
+        if len(self.recent) <= self.late:
             return
         old_step, old = self.recent.pop(0)
         if self.offered % self.stride == 0:

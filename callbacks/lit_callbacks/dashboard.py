@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -19,14 +18,14 @@ from lit_callbacks._heard import Heard
 from lit_callbacks._heat_maps import draw, heat_maps
 from lit_callbacks._listeners import listen, stop_listening
 from lit_callbacks._member import Member
-from lit_callbacks._pictures import logger_kind, show_picture
-from lit_callbacks._ranks import rows_of_ranks
+from lit_callbacks._pictures import show_picture
 from lit_callbacks._redaction import redacted
+from lit_callbacks._step_losses import StepLosses
 from lit_callbacks._step_skipper import DivergenceError
-from lit_callbacks._wandb_runs import Alerts, hide, introduce, is_of_a_part, keep_checkpoints, log_events, wandb_runs
+from lit_callbacks._verdict import show_verdict
+from lit_callbacks._wandb_runs import Alerts, hide, introduce, is_of_a_part, keep_checkpoints, log_events
 from lit_callbacks.health import Diagnosis, diagnose
 
-_LOSS_EVERY = 10  # optimizer steps
 _SHARE = 0.002  # of the run's time, for pictures
 
 
@@ -47,7 +46,7 @@ class Dashboard(Member):
     The heat maps are ``heat_maps/attention_entropy`` (layer x head, of :class:`AttentionEntropyMonitor`),
     ``heat_maps/grad_norm`` (layer x time, of :class:`GradientNormLogger`) and ``heat_maps/dead_neurons`` (layer x time,
     of :class:`DeadNeuronDetector`). The verdict is that of :func:`lit_callbacks.health.diagnose`; with several devices
-    the training loss that it judges is the mean over them.
+    the training loss that it judges is the mean over them. It is called as the module logs it, else ``train/loss``.
 
     Without a network, W&B keeps everything in the run folder for ``wandb sync``, alerts too. A logger that raises costs
     what it was to show and one warning. :func:`~lit_callbacks.shield` also guards against one that blocks while it is
@@ -63,10 +62,11 @@ class Dashboard(Member):
     Raises:
         ValueError: If an argument is out of range.
 
-    State: for the heat maps and the verdict, of each key the last 200 points and at most 128 before them (of the
-    training loss 2000), and the last 200 events.
+    State: for the heat maps and the verdict, of each key the last 200 points and at most 128 before them, of the
+    training loss those of the last 1000 steps and at most 1000 before them, and the last 200 events. With several
+    devices a checkpoint may lack the losses of up to nine steps before it.
 
-    Cost: on rank zero one read by the host in 500 steps; with several devices, one collective of two numbers in ten.
+    Cost: on rank zero one read by the host in 500 steps; with several devices, one collective of 20 numbers in ten.
     Heat maps take about 0.2 s each and are left out while they have taken more than 0.2 % of the run's time.
 
     Example:
@@ -79,7 +79,7 @@ class Dashboard(Member):
     serves_zero = True
 
     def __init__(self, every_n_steps: int = 1000, alert_every_minutes: float = 5.0, checkpoints: bool = False) -> None:
-        self._cadence, self._loss_cadence = Cadence(every_n_steps), Cadence(_LOSS_EVERY)
+        self._cadence = Cadence(every_n_steps)
         if alert_every_minutes < 0:
             raise ValueError(f"alert_every_minutes must be at least 0, got {alert_every_minutes}")
         self.every_n_steps = every_n_steps
@@ -94,11 +94,11 @@ class Dashboard(Member):
         stop_listening(self)
         self._on = False
         self._trainer: Trainer | None = None
-        self._folder = Path()
+        self._folder, self._losses = Path(), StepLosses()
         self._warned = False
         self._alerts = Alerts(self.alert_every_minutes)
         self._hidden: set[str] = set()
-        self._shown_at, self._new_events = -1, False
+        self._shown_at, self._new_events, self._named = -1, False, False
         self._spent = self._started = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -117,7 +117,6 @@ class Dashboard(Member):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what lies ahead of where this fit begins, and introduce it to W&B."""
         step = trainer.global_step
-        self._loss_cadence.start(step)
         if self._trainer is None:
             return
         self._cadence.start(step + 1)  # the first heat map is not of one step
@@ -142,18 +141,26 @@ class Dashboard(Member):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Let the shared facts see the loss."""
-        if self._on:
-            facts_of(trainer).record_loss(self, trainer.global_step, loss)
+        if self._on:  # what automatic optimization shows is made for this step and nobody writes to it
+            own = loss if pl_module.automatic_optimization else loss.detach().clone()
+            facts_of(trainer).record_loss(self, trainer.global_step, own)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Keep the loss of every tenth step, the mean over micro-batches and ranks, on the device for now."""
-        first = self._on and optimizer is trainer.optimizers[0] and step_follows(trainer)
-        if first and self._loss_cadence.due(trainer.global_step):
-            losses = facts_of(trainer).losses(trainer)
-            total = losses.sum()
-            total, count = rows_of_ranks(trainer, torch.stack([total, torch.full_like(total, len(losses))])).sum(0)
-            if self._trainer is not None and len(losses):  # of one whose backward pass Lightning has not made is none
-                self._heard.keep_loss(trainer.global_step, total / count)
+        """Keep the loss of every step on the device; of ten steps at once, the mean over micro-batches and ranks."""
+        if self._on and optimizer is trainer.optimizers[0] and step_follows(trainer):
+            step = trainer.global_step
+            if self._losses.keep(trainer, step, left_out=not self._heard.was_made(step)):
+                self._gather(trainer, name=not self._named)
+
+    def _gather(self, trainer: Trainer, name: bool = False, alone: bool = False) -> None:
+        """Mean losses from all ranks, which must be here together unless there is but one, and their name."""
+        if not self._on or (alone and trainer.world_size > 1):
+            return
+        means = self._losses.means(trainer)
+        logged = [*trainer.logged_metrics] if name else []  # on all ranks, as reading them may reduce them
+        self._named |= name
+        if self._trainer is not None:
+            self._heard.keep_losses(means, logged)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -171,6 +178,10 @@ class Dashboard(Member):
             losses = {key: float(metrics[key]) for key in metrics if key.startswith("val") and key.endswith("loss")}
             self._heard.keep(trainer.global_step - 1, losses)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the last losses, before a checkpoint is written."""
+        self._gather(trainer, name=True)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show everything, with the verdict."""
         self._conclude()
@@ -182,6 +193,7 @@ class Dashboard(Member):
             title = "Run stopped" if isinstance(exception, DivergenceError) else "Run failed"
             text = f"step {trainer.global_step}: {type(exception).__name__}: {exception}"
             self._attempt(lambda: self._alerts.send(trainer, title, redacted(text)))
+        self._attempt(self._gather, trainer, True, True)
         self._conclude()
         self._leave()
 
@@ -216,13 +228,7 @@ class Dashboard(Member):
         assert self._trainer is not None
         self.diagnosis = found = diagnose(self._heard.series(), self._heard.events)
         counters = {name: self._heard.last.get(f"loss_spike/{name}", 0.0) for name in ("rollbacks", "steps_lost")}
-        columns = {"verdict": found.verdict, "culprit": found.culprit, "first_warning_step": found.first_warning_step}
-        for run in wandb_runs(self._trainer):
-            run.summary.update({f"health/{name}": value for name, value in (columns | counters).items()})
-        loggers: list[Any] = self._trainer.loggers
-        for logger in loggers:
-            if logger_kind(logger) == "TensorBoardLogger":
-                logger.experiment.add_text("health/verdict", "  \n".join(found.sentences), self._trainer.global_step)
+        show_verdict(self._trainer, found, counters)
 
     def _attempt(self, act: Callable[..., Any], *args: Any) -> None:
         """What a logger does must not end training."""
@@ -235,6 +241,8 @@ class Dashboard(Member):
 
     def state_dict(self) -> dict[str, Any]:
         """What has been heard."""
+        if self._trainer is not None:
+            self._gather(self._trainer, alone=True)
         return self._heard.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import yaml
 
 import lit_transformer
 from lit_callbacks.health import Points
-from lit_callbacks.report import ReportError, Run, read_run, write_report
+from lit_callbacks.report import ReportError, Run, place_of, read_run, write_report
 from lit_transformer.commands.parser import CommandParser
 from lit_transformer.errors import UsageError
 from lit_transformer.optim.schedule import Schedule
@@ -26,13 +26,14 @@ def main(words: list[str]) -> None:
     parser.add_argument("runs", nargs="*", type=str, metavar="RUN", help="Names or folders; by default the last run.")
     parser.add_argument("--run", type=str | None, default=None, help="The same as RUN.")
     parser.add_argument("--root", type=str, default="runs", help="Where the runs are.")
-    parser.add_argument("--to", nargs="+", type=str, help="Files, .html, .png or .json; by default RUN/report.html.")
+    default = "by default RUN/report.html, of several compared.html beside the first RUN."
+    parser.add_argument("--to", nargs="+", type=str, help=f"Files, .html, .png or .json; {default}")
     options = parser.parse_args(words)
     names = [*options.runs, *([options.run] if options.run else [])]
     root = Path(options.root)
     try:
         runs = [_planned(read_run(_folder(root, name))) for name in names or [_last(root)]]
-        for path in map(Path, options.to or [runs[0].folder / "report.html"]):
+        for path in map(Path, options.to or [place_of(runs)]):
             write_report(runs, path)
             print(f"Report: {path}")
     except ReportError as error:

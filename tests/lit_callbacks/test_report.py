@@ -427,6 +427,37 @@ def test_the_command_writes_page_picture_and_facts(diverged, tmp_path, capsys):
     assert main([str(diverged), "--to", str(tmp_path / "file" / "r.html")]) == 2
 
 
+def test_several_are_compared_beside_the_first_whose_own_page_stays(diverged, tmp_path, capsys, monkeypatch):
+    write_metrics(tmp_path / "other", {"train/loss": losses()})
+    assert main([str(diverged)]) == 0
+    own = (diverged / "report.html").read_text()
+    assert main([str(diverged), str(tmp_path / "other")]) == 0
+    compared = diverged.parent / "compared.html"
+    assert f"Report: {compared}" in capsys.readouterr().out
+    assert "other" in compared.read_text()
+    assert (diverged / "report.html").read_text() == own
+    compared.unlink()
+    monkeypatch.chdir(diverged)
+    assert main([".", str(tmp_path / "other")]) == 0
+    assert compared.is_file()
+
+
+def test_a_run_whose_heartbeat_says_that_it_ended_is_not_under_way(diverged):
+    beat = {"step": 200, "time": time.time(), "stage": "train"}
+    (diverged / "heartbeat.json").write_text(json.dumps(beat))
+    assert "under way, at step 200" in read_run(diverged).state
+    (diverged / "heartbeat.json").write_text(json.dumps(beat | {"stage": "end"}))
+    assert read_run(diverged).state == "Its training has come to its end, at step 200."
+
+
+@pytest.mark.parametrize("file", ["run-abc.wandb", "wandb/offline-run-1/run-abc.wandb", "wandb/latest"])
+def test_of_a_folder_that_wandb_alone_wrote_to_it_is_said_what_is_missing(tmp_path, file):
+    (tmp_path / "ID" / file).parent.mkdir(parents=True)
+    (tmp_path / "ID" / file).touch()
+    with pytest.raises(ReportError, match=r"W&B's own file alone.*logger=\[CSVLogger\(...\), WandbLogger\(...\)\]"):
+        read_run(tmp_path / "ID")
+
+
 @pytest.mark.parametrize("seed", range(25))
 def test_whatever_is_in_the_files_there_is_a_page(tmp_path, seed):
     draw = random.Random(seed)

@@ -28,6 +28,10 @@ def test_a_run_with_a_fault_is_reported_on(cli):
     assert "step=120.ckpt" in text
     assert "optimizer.init_args.lr" in text
 
+    code, out, _ = cli("report", "mine", "runs/mine")
+    assert code == 0
+    assert "Report: runs/compared.html" in out
+    assert Path("runs/mine/report.html").read_text() == text
     code, out, _ = cli("report", "mine", "runs/mine", "--to", "both.html", "both.json")
     assert code == 0
     assert [run["verdict"] for run in json.loads(Path("both.json").read_text())["runs"]] == ["recovered"] * 2

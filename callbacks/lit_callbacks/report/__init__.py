@@ -15,7 +15,20 @@ from lit_callbacks.report.page import page
 from lit_callbacks.report.picture import draw
 from lit_callbacks.report.run import ReportError, Run, read_run
 
-__all__ = ["ReportError", "Run", "as_json", "draw", "page", "read_run", "write_report"]
+__all__ = ["ReportError", "Run", "as_json", "draw", "page", "place_of", "read_run", "write_report"]
+
+
+def place_of(runs: Sequence[Run]) -> Path:
+    """Where the page is written unless told otherwise.
+
+    Returns:
+        ``report.html`` in the folder of a run; of several ``compared.html`` beside the first one's folder, as each may
+        have a page of its own.
+    """
+    first = runs[0].folder
+    if len(runs) == 1:
+        return first / "report.html"
+    return (first.resolve() if first.name in ("", "..") else first).parent / "compared.html"
 
 
 def write_report(runs: Sequence[Run], path: Path) -> None:

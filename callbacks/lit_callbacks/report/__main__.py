@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_callbacks.report import ReportError, read_run, write_report
+from lit_callbacks.report import ReportError, place_of, read_run, write_report
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -17,12 +17,14 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lit_callbacks.report", description="What became of a run.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="Folder of a run; several are compared.")
     parser.add_argument(
-        "--to", nargs="+", type=Path, metavar="FILE", help="Files ending with .html, .png or .json; RUN/report.html."
-    )
+        "--to", nargs="+", type=Path, metavar="FILE",
+        help="Files ending with .html, .png or .json; by default RUN/report.html, of several compared.html beside the "
+        "first RUN.",
+    )  # fmt: skip
     options = parser.parse_args(words)
     try:
         runs = [read_run(folder) for folder in options.runs]
-        for path in options.to or [runs[0].folder / "report.html"]:
+        for path in options.to or [place_of(runs)]:
             write_report(runs, path)
             sys.stdout.write(f"Report: {path}\n")
     except ReportError as error:

@@ -99,9 +99,19 @@ def _run_folder(path: Path) -> Path:
     if len(inside) == 1:
         return inside[0]
     some = ", ".join(str(run) for run in inside[-5:])
-    hint = f"give one of the runs in it, such as {some}" if inside else "give the folder that its logger wrote to"
+    hint = f"give one of the runs in it, such as {some}" if inside else _without_numbers(folder)
     raise ReportError(
         f"expected a run's folder with metrics.csv, events.jsonl or TensorBoard files, got {path}; {hint}"
+    )
+
+
+def _without_numbers(folder: Path) -> str:
+    """What to do where nothing is that could be read."""
+    if not any((*folder.glob("*.wandb"), *_below(folder, "*.wandb"), *folder.glob("wandb"))):
+        return "give the folder that its logger wrote to"
+    return (
+        "there is W&B's own file alone, which is not read: let a CSVLogger write beside it, "
+        "logger=[CSVLogger(...), WandbLogger(...)], and give the folder of the CSVLogger"
     )
 
 
@@ -169,6 +179,8 @@ def _state(folder: Path, notes: list[str]) -> str:
         return f"It was stopped at step {stopped.get('step', '?')}: {stopped.get('reason', 'for an unknown reason')}."
     if (folder / HEARTBEAT).is_file():
         beat = _json(folder / HEARTBEAT, notes)
+        if beat.get("stage") == "end":
+            return f"Its training has come to its end, at step {beat.get('step', '?')}."
         beaten = beat.get("time")
         if isinstance(beaten, int | float) and time.time() - beaten < _QUIET:
             return f"It is under way, at step {beat.get('step', '?')}: what follows may change."

@@ -150,6 +150,18 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(cli):
     assert yaml.safe_load(Path("runs/a/config-until-step-20.yaml").read_text())["trainer"]["max_steps"] == 20
 
 
+def test_a_finished_run_that_is_resumed_loses_no_row(cli):
+    # The newest checkpoint is saved by its last step, before the row of that step is logged.
+    saved_last = ["--checkpoint_every_n_steps", "10", "--trainer.limit_val_batches", "0"]
+    cli("fit", "--config", "config.yaml", *saved_last, "--run", "a")
+    whole = Path("runs/a/metrics.csv").read_text()
+    assert "\n19,train/loss," in whole
+    assert cli("fit", "--run", "a", "--ckpt_path", "last").code == 0
+    assert Path("runs/a/metrics.csv").read_text() == whole
+    cli("fit", "--run", "a", "--ckpt_path", "last", "--trainer.max_steps", 30)
+    assert [step for step, _ in read_metrics(Path("runs/a/metrics.csv"))["train/loss"]] == list(range(1, 31, 2))
+
+
 def test_another_configuration_than_the_checkpoints_needs_a_word(cli):
     cli("fit", "--config", "config.yaml", "--run", "a")
     change = ["--model.init_args.optimizer.init_args.lr", "0.005", "--trainer.max_steps", "25"]

@@ -22,8 +22,8 @@ class MetricsFile(Logger):
         path: The file.
         pending: A row of an earlier step that the resumed run logs again, ``{"step": …, "metrics": …}``, because it may
             not have come so far.
-        resume_step: Drop the lines of this and later steps, which the resumed run writes again; None drops none. They are
-            dropped with the first number that comes: a run that has no step left to make keeps them.
+        resume_step: Drop the lines of this and later steps, which the resumed run writes again; None drops none. That
+            happens with the first number that comes: a run that has no step left to make keeps them.
 
     Cost: one write of the line per number, flushed once per call.
     """

@@ -81,7 +81,7 @@ def test_what_cannot_be_resumed_is_named(tmp_path):
     with pytest.raises(UsageError, match="nothing to resume or evaluate: no run under"):
         find_run(tmp_path, None)
     run = finished_run(tmp_path, "a")
-    with pytest.raises(UsageError, match=r"no run to resume in .*/x; the runs there are a"):
+    with pytest.raises(UsageError, match=r"no run in .*/x; the runs there are a"):
         find_run(tmp_path, "x")
     with pytest.raises(UsageError, match=r"none of them can be trusted.*\n.*last.ckpt: it has no manifest"):
         resume_point(run)

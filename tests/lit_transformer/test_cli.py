@@ -454,7 +454,7 @@ def test_other_commands_explain_themselves_too(cli, words, expected):
 
 
 def test_a_run_that_ended_before_its_first_validation_names_its_last_checkpoint(cli):
-    cli("fit", "--config", "config.yaml", "--trainer.val_check_interval", 1000, "--run", "a")
+    cli("fit", "--config", "config.yaml", "--trainer.val_check_interval", 100, "--run", "a")
     for words in (["generate"], ["test", "--ckpt_path", "best"], ["export", "--to", "out"]):
         outcome = cli(*words, "--run", "a")
         assert outcome.code == 2

@@ -75,3 +75,22 @@ def test_mistakes_are_explained(checkpoint, tmp_path, capsys):
     with pytest.raises(CheckpointError, match="cannot be written as JSON"):
         export_weights(path, tmp_path / "other")
     assert not Path("x").exists()
+
+
+def test_a_checkpoint_of_no_language_model_is_refused_in_a_sentence(tmp_path, capsys):
+    head = {"state_dict": {"model.head.weight": torch.zeros(2, 16)}, "hyper_parameters": {"config": vars(CONFIG)}}
+    torch.save(head, tmp_path / "classifier.ckpt")
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "export",
+                "--ckpt_path",
+                str(tmp_path / "classifier.ckpt"),
+                "--hugging_face",
+                "true",
+                "--to",
+                str(tmp_path / "o"),
+            ]
+        )
+    expected = "language models of ours, and this checkpoint is of none: it has no token_embedding.weight. Without"
+    assert expected in capsys.readouterr().err

@@ -55,6 +55,11 @@ def locate(root: Path, name: str | None, which: str) -> Path:
         return point.path
     if which == "best" and (best := _best(run)) is not None:
         return best
+    if which == "best" and (point := resume_point(run)) is not None:
+        raise UsageError(
+            f"the run in {run.path} has no best checkpoint; it may have ended before its first validation. Take its "
+            f"last one: --ckpt_path last, which is {point.path}"
+        )
     raise UsageError(f"the run in {run.path} has no {which} checkpoint; it may have ended before its first one")
 
 

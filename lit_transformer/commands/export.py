@@ -17,6 +17,8 @@ from lit_transformer.errors import UsageError
 from lit_transformer.nn import MaskedTransformer, Transformer, TransformerConfig
 from lit_transformer.tasks import LitCausalLM, LitPretrained
 
+_OURS_ONLY = "what --hugging_face converts are language models of ours"
+
 
 def main(words: list[str]) -> None:
     """Parse the words after ``export``, and write the folder.
@@ -96,8 +98,13 @@ def export_as_theirs(checkpoint: dict[str, Any], folder: Path) -> None:
     try:
         model = network(TransformerConfig(**settings["config"]))
         model.load_state_dict({name: weights[name] for name in model.state_dict()})
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise UsageError(f"the checkpoint is of no language model of ours: {error}") from None
+    except KeyError as error:
+        raise UsageError(
+            f"{_OURS_ONLY}, and this checkpoint is of none: it has no {error.args[0]}. Without --hugging_face it is "
+            "exported as safetensors"
+        ) from None
+    except (TypeError, RuntimeError) as error:
+        raise UsageError(f"{_OURS_ONLY}, and this checkpoint does not fit one: {error}") from None
     try:
         with _appearing(folder) as whole:
             save_hugging_face(model, whole)

@@ -36,6 +36,7 @@ from lit_transformer.run.config_errors import explain
 from lit_transformer.run.config_files import with_config
 from lit_transformer.run.folder import RunFolder
 from lit_transformer.run.loggers import make_loggers
+from lit_transformer.run.machine import check_machine
 from lit_transformer.run.metrics_file import MetricsFile
 from lit_transformer.run.outcome import next_command
 from lit_transformer.run.precision import choose_precision
@@ -129,6 +130,8 @@ class TrainingCLI(LightningCLI):
         settings = self.settings
         if settings.checkpoint_every_n_steps < 1:
             raise UsageError(f"checkpoint_every_n_steps must be at least 1, got {settings.checkpoint_every_n_steps}")
+        if crowded := check_machine(settings.trainer):
+            _say(crowded)
         self.shows_metrics = bool(settings.get("verbose"))
         if self.shows_metrics:
             settings.verbose = False  # Lightning's table cuts the names of layers off

@@ -66,7 +66,8 @@ class WarmupConstant(Schedule):
         if steps > total_steps:
             raise ValueError(
                 f"a warm-up of {steps} updates is longer than the run of {total_steps}; "
-                f"shorten warmup (1 to 10 % of a run is usual) or train for longer"
+                "shorten the schedule's warmup (model.init_args.schedule.init_args.warmup; 1 to 10 % of a run is "
+                "usual) or train for longer"
             )
         return steps
 

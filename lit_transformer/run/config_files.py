@@ -31,13 +31,14 @@ def find_config(name: str) -> str:
     """A path as it is if it exists, else the shipped configuration of that name.
 
     Raises:
-        UsageError: If there is neither.
+        UsageError: If there is neither, or it is a file that holds no settings.
 
     Example:
         >>> Path(find_config("post_ln")).name
         'post_ln.yaml'
     """
     if Path(name).exists():
+        _check_settings(Path(name))
         return name
     wanted = name.removesuffix(".yaml").removeprefix("configs/")
     for path in shipped_configs():
@@ -45,6 +46,22 @@ def find_config(name: str) -> str:
             return str(path)
     names = ", ".join(shipped_names())
     raise UsageError(f"there is no configuration file {name}, and none of that name is shipped; shipped are: {names}")
+
+
+def _check_settings(path: Path) -> None:
+    """The parser's own error would not say in which file."""
+    if not path.is_file():  # a pipe can be read once
+        return
+    try:
+        with path.open("rb") as file:
+            settings = yaml.safe_load(file)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        found = "is empty" if settings is None else f"holds a {type(settings).__name__}"
+        raise UsageError(f"{path} {found}; expected are keys and values, such as trainer: {{max_steps: 100}}")
 
 
 def with_config(

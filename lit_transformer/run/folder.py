@@ -70,7 +70,7 @@ class RunFolder:
         """
         run = cls(root / name)
         if not run.config.is_file() and not run.checkpoints.is_dir():
-            raise UsageError(f"there is no run to resume in {run.path}; {_existing(root)}")
+            raise UsageError(f"there is no run in {run.path}; {_existing(root)}")
         return run
 
     @classmethod

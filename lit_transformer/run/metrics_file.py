@@ -22,7 +22,8 @@ class MetricsFile(Logger):
         path: The file.
         pending: A row of an earlier step that the resumed run logs again, ``{"step": …, "metrics": …}``, because it may
             not have come so far.
-        resume_step: Drop the lines of this and later steps, which the resumed run writes again; None drops none.
+        resume_step: Drop the lines of this and later steps, which the resumed run writes again; None drops none. That
+            happens with the first number that comes: a run that has no step left to make keeps them.
 
     Cost: one write of the line per number, flushed once per call.
     """
@@ -31,8 +32,7 @@ class MetricsFile(Logger):
         super().__init__()
         self.path = path
         self._warned = False
-        if resume_step is not None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            cut_back(path, resume_step, pending)
+        self._resume_step, self._pending = resume_step, pending
 
     @property
     def name(self) -> str:
@@ -54,6 +54,9 @@ class MetricsFile(Logger):
         """Append one line per metric."""
         rows = [[step, key, f"{float(value):.8g}"] for key, value in metrics.items() if key != "epoch"]
         try:
+            if self._resume_step is not None:
+                cut_back(self.path, self._resume_step, self._pending)
+                self._resume_step = None
             with self.path.open("a", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows(rows if file.tell() else [_HEADER, *rows])
         except OSError as error:

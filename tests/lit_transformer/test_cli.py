@@ -150,6 +150,18 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(cli):
     assert yaml.safe_load(Path("runs/a/config-until-step-20.yaml").read_text())["trainer"]["max_steps"] == 20
 
 
+def test_a_finished_run_that_is_resumed_loses_no_row(cli):
+    # The newest checkpoint is saved by its last step, before the row of that step is logged.
+    saved_last = ["--checkpoint_every_n_steps", "10", "--trainer.limit_val_batches", "0"]
+    cli("fit", "--config", "config.yaml", *saved_last, "--run", "a")
+    whole = Path("runs/a/metrics.csv").read_text()
+    assert "\n19,train/loss," in whole
+    assert cli("fit", "--run", "a", "--ckpt_path", "last").code == 0
+    assert Path("runs/a/metrics.csv").read_text() == whole
+    cli("fit", "--run", "a", "--ckpt_path", "last", "--trainer.max_steps", 30)
+    assert [step for step, _ in read_metrics(Path("runs/a/metrics.csv"))["train/loss"]] == list(range(1, 31, 2))
+
+
 def test_another_configuration_than_the_checkpoints_needs_a_word(cli):
     cli("fit", "--config", "config.yaml", "--run", "a")
     change = ["--model.init_args.optimizer.init_args.lr", "0.005", "--trainer.max_steps", "25"]
@@ -345,12 +357,22 @@ MISTAKES = {
     "missing checkpoint": (["--ckpt_path", "nowhere.ckpt"], "there is no checkpoint nowhere.ckpt"),
     "not a checkpoint": (["--ckpt_path", "text.txt"], "the checkpoint text.txt is torn, or is none"),
     "nothing to resume": (["--ckpt_path", "last"], "nothing to resume"),
-    "no such run": (["--ckpt_path", "last", "--run", "x"], "no run to resume in runs/x"),
+    "no such run": (["--ckpt_path", "last", "--run", "x"], "no run in runs/x"),
     "warm-up over the run": (
         ["--model.init_args.schedule.init_args.warmup", "50"],
-        "a warm-up of 50 updates is longer than the run of 20",
+        "a warm-up of 50 updates is longer than the run of 20; shorten the schedule's warmup "
+        "(model.init_args.schedule.init_args.warmup;",
     ),
     "no such device": (["--trainer.devices", "0"], "devices"),
+    "a slip of the keyboard": (
+        ["--trainer.devices", "40000"],
+        "trainer.devices is 40000, on a CPU that many processes",
+    ),
+    "no GPU": (["--trainer.accelerator", "gpu"], "torch finds none on this machine: --trainer.accelerator cpu"),
+    "no such strategy": (["--trainer.strategy", "fsdp3"], "no fsdp3, did you mean fsdp or fsdp2? There are auto, ddp"),
+    "empty YAML": (["--config", "empty.txt"], "empty.txt is empty; expected are keys and values"),
+    "YAML of a list": (["--config", "list.yaml"], "list.yaml holds a list; expected are keys and values"),
+    "broken YAML": (["--config", "broken.yaml"], 'in "broken.yaml", line 1, column 4'),
     "a glob for no parameter": (
         ["--gradient_norm_logger.groups", '["nothing.*"]'],
         "groups must be 'layers', 'kinds', 'parameters' or globs that match parameters, got 'nothing.*'",
@@ -369,6 +391,8 @@ def test_a_mistake_is_one_paragraph_and_leaves_nothing_behind(cli, mistake):
     Path("empty.txt").touch()
     Path("latin.txt").write_bytes("plain and then caf\u00e9 ".encode("latin-1") * 500)
     Path("small.txt").write_text("too small\n")
+    Path("list.yaml").write_text("- 3\n")
+    Path("broken.yaml").write_text("a: [b\n")
     words, expected = MISTAKES[mistake]
     outcome = cli("fit", "--config", "config.yaml", *words)
     assert outcome.code == 2
@@ -416,7 +440,7 @@ def test_a_mistake_in_a_file_is_explained_like_one_in_a_flag(cli, key, value, ex
     [
         (["generate"], "generate needs a checkpoint"),
         (["generate", "--ckpt_path", "nowhere.ckpt"], "there is no checkpoint nowhere.ckpt"),
-        (["generate", "--run", "x"], "no run to resume in runs/x"),
+        (["generate", "--run", "x"], "no run in runs/x"),
         (["generate", "--run", "x", "--top_k", "0"], "top_k must be at least 1, got 0"),
         (["generate", "--run", "x", "--temprature", "1"], "unknown key temprature; did you mean temperature"),
         (["validate"], "validate needs a checkpoint"),
@@ -427,6 +451,16 @@ def test_other_commands_explain_themselves_too(cli, words, expected):
     outcome = cli(*words)
     assert outcome.code == 2
     assert expected in outcome.error
+
+
+def test_a_run_that_ended_before_its_first_validation_names_its_last_checkpoint(cli):
+    cli("fit", "--config", "config.yaml", "--trainer.val_check_interval", 100, "--run", "a")
+    for words in (["generate"], ["test", "--ckpt_path", "best"], ["export", "--to", "out"]):
+        outcome = cli(*words, "--run", "a")
+        assert outcome.code == 2
+        assert "no best checkpoint; it may have ended before its first validation" in outcome.error
+        assert "--ckpt_path last, which is runs/a/checkpoints/step=20.ckpt" in outcome.error
+    assert cli("generate", "--run", "a", "--ckpt_path", "last", "--max_new_tokens", 4).code == 0
 
 
 def test_a_run_is_never_overwritten(cli):

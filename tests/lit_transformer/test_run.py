@@ -81,7 +81,7 @@ def test_what_cannot_be_resumed_is_named(tmp_path):
     with pytest.raises(UsageError, match="nothing to resume or evaluate: no run under"):
         find_run(tmp_path, None)
     run = finished_run(tmp_path, "a")
-    with pytest.raises(UsageError, match=r"no run to resume in .*/x; the runs there are a"):
+    with pytest.raises(UsageError, match=r"no run in .*/x; the runs there are a"):
         find_run(tmp_path, "x")
     with pytest.raises(UsageError, match=r"none of them can be trusted.*\n.*last.ckpt: it has no manifest"):
         resume_point(run)
@@ -127,11 +127,12 @@ def test_metrics_are_appended_and_read_back(tmp_path):
 def test_a_resumed_run_cuts_the_metrics_back_to_where_it_starts_and_drops_a_torn_line(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("step,key,value\n4,a,1\n9,a,2\n10,a,3\n12,a")
-    MetricsFile(path, resume_step=10)
-    assert path.read_text().splitlines() == ["step,key,value", "4,a,1", "9,a,2"]
+    metrics = MetricsFile(path, resume_step=10)
+    assert path.read_text() == "step,key,value\n4,a,1\n9,a,2\n10,a,3\n12,a", "no step may be left to make"
+    metrics.log_metrics({"a": 5.0}, step=10)
+    metrics.log_metrics({"a": 6.0}, step=12)
+    assert path.read_text().splitlines() == ["step,key,value", "4,a,1", "9,a,2", "10,a,5", "12,a,6"]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.csv"]
-    MetricsFile(path).log_metrics({"a": 5.0}, step=10)
-    assert read_metrics(path) == {"a": [(4, 1.0), (9, 2.0), (10, 5.0)]}
 
 
 @pytest.mark.parametrize("torn", ["", "st", "step,key,value", "step,key,value\n0,a,1.2"])

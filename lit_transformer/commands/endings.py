@@ -46,12 +46,22 @@ def explain_end(error: BaseException, trainer: Trainer, settings: Namespace) -> 
         raise UsageError(str(error)) from error
     if isinstance(error, lit_callbacks.DivergenceError):
         raise TrainingStopped(str(error)) from error
+    if isinstance(error, ValueError) and str(error).strip().startswith("`val_check_interval`"):
+        raise UsageError(_between_validations(trainer)) from error
     if isinstance(error, RuntimeError) and "DeepSpeed strategy is only supported on CUDA" in str(error):
         raise UsageError(f"{error} Take strategy ddp, or fsdp2") from error
     if isinstance(error, RuntimeError) and is_oom_error(error):
         raise UsageError(out_of_memory(error, settings)) from error
     if isinstance(error, SystemExit) and trainer.interrupted and error.code == 1:
         raise KeyboardInterrupt from None
+
+
+def _between_validations(trainer: Trainer) -> str:
+    batches = trainer.fit_loop.max_batches
+    return (
+        f"trainer.val_check_interval is {trainer.val_check_interval} batches, and an epoch has only {batches}: set it "
+        f"to at most {batches}, or trainer.check_val_every_n_epoch to null, which counts batches over epochs"
+    )
 
 
 def out_of_memory(error: RuntimeError, settings: Namespace) -> str:

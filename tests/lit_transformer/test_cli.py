@@ -368,6 +368,10 @@ MISTAKES = {
         ["--trainer.devices", "40000"],
         "trainer.devices is 40000, on a CPU that many processes",
     ),
+    "too rare validation": (
+        ["--trainer.val_check_interval", "1000"],
+        "val_check_interval is 1000 batches, and an epoch has only 164: set it to at most 164, or trainer.check_val_",
+    ),
     "no GPU": (["--trainer.accelerator", "gpu"], "torch finds none on this machine: --trainer.accelerator cpu"),
     "no such strategy": (["--trainer.strategy", "fsdp3"], "no fsdp3, did you mean fsdp or fsdp2? There are auto, ddp"),
     "empty YAML": (["--config", "empty.txt"], "empty.txt is empty; expected are keys and values"),

@@ -52,7 +52,8 @@ class Sign(NamedTuple):
 
     step: int
     kind: str
-    """``gradient``, ``vanishing``, ``attention``, ``residual``, ``neurons``, ``not_finite`` or ``unplaced``: where is not known."""
+    """``gradient``, ``vanishing``, ``attention``, ``residual``, ``neurons``, ``not_finite``, or, in no known place,
+    ``unplaced``."""
     where: str
     strength: float
     """To compare signs of one step: how far out of line."""

@@ -146,6 +146,7 @@ def test_a_vanished_gradient_has_passed_when_it_has_come_back(last, verdict):
     assert found.verdict == verdict
     begin = "Only once, at" if last > 0.1 else "What was seen first: at"
     assert found.sentences[1].startswith(f"{begin} step 100, in layer_0")
+    assert "clip" not in " ".join(found.sentences), "that makes a small gradient no larger"
 
 
 def test_recovered_is_a_loss_that_has_come_back():

@@ -28,6 +28,7 @@ The longest that a value has been measured to lead the loss was 57 steps.
 """
 _ADVICE = {
     "gradient": "What to do: lower the learning rate, warm up for longer, or clip with gradient_clip_val=1.0.",
+    "vanishing": "What to do: warm up for longer, or take pre-LN; look at initialisation and what is detached.",
     "attention": "What to do: lower the learning rate, warm up for longer, or normalise queries and keys (qk_norm).",
     "residual": "What to do: lower the learning rate; look at initialisation and norm placement.",
     "neurons": "What to do: lower the learning rate, warm up for longer, or take GELU or SwiGLU in place of ReLU.",

@@ -41,7 +41,7 @@ _ALARMS = {
     "entropy_collapse": "the attention entropy had collapsed",
     "attention_uniform": "attention still looked at everything alike",
 }
-
+_SORTS = {"finite": "not_finite", "vanishing": "vanishing", "gradient": "gradient"}
 
 _NOT_FINITE, _ALARM, _PARAMETER, _AUTOPSY = 1e40, 1e41, 1e42, 1e43
 """Strengths, by how well they know the place; all are above those of finite values, which are ratios."""
@@ -52,7 +52,8 @@ class Sign(NamedTuple):
 
     step: int
     kind: str
-    """``gradient``, ``attention``, ``residual``, ``neurons``, ``not_finite`` or ``unplaced``: where is not known."""
+    """``gradient``, ``vanishing``, ``attention``, ``residual``, ``neurons``, ``not_finite``, or, in no known place,
+    ``unplaced``."""
     where: str
     strength: float
     """To compare signs of one step: how far out of line."""
@@ -105,7 +106,7 @@ def _of_events(events: Sequence[Mapping[str, Any]], losses: Points) -> Iterator[
                 text = "neither the loss nor any gradient was finite, and which layer began it is not known"
                 yield Sign(step, "unplaced", "", 0.0, text)
                 continue
-            sort = "not_finite" if "finite" in alarm else "gradient" if "gradient" in alarm else "attention"
+            sort = next((kind for part, kind in _SORTS.items() if part in alarm), "attention")
             yield Sign(step, sort, str(where[0]), _ALARM, alarm_text(alarm))
         elif kind == "autopsy" and where:
             yield Sign(step, "not_finite", str(where), _AUTOPSY, "the first value that was not finite was made")

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lit_callbacks._listeners import tell_event
+from lit_callbacks._pictures import logger_kind
 
 FILENAME = "events.jsonl"
 
@@ -19,13 +20,15 @@ _BEGINNING: dict[Path, "ref[Trainer]"] = {}
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """Where this run keeps its files: where a logger has a folder for it alone, there. All ranks must ask together.
+    """Where this run keeps its files: in the first logger's folder. All ranks must ask together.
 
-    Lightning's ``trainer.log_dir`` is that of the first logger, and W&B's is the same for all runs.
+    That of W&B, which is the same for all runs, only where there is no logger beside it that has one for each.
     """
-    folders: list[str] = [path for logger in trainer.loggers if isinstance(path := getattr(logger, "log_dir", 0), str)]
-    if folders:
-        return Path(trainer.strategy.broadcast(folders[0]))
+    loggers = trainer.loggers
+    if loggers and logger_kind(loggers[0]) == "WandbLogger":
+        folders = [getattr(logger, "log_dir", None) for logger in loggers]
+        if (own := next((folder for folder in folders if isinstance(folder, str)), None)) is not None:
+            return Path(trainer.strategy.broadcast(own))
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 

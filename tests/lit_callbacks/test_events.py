@@ -11,6 +11,10 @@ from lit_callbacks import ExactResume, GradientNormLogger, LossSpikeRecovery, Ve
 from lit_callbacks.health import without_undone
 
 
+class WandbLogger(MemoryLogger):
+    """Like Lightning's: of its name, and without a folder for each run."""
+
+
 def events(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -38,7 +42,7 @@ def test_a_run_that_goes_on_does_not(make_trainer, tmp_path):
 
 @pytest.mark.parametrize("first", [True, False])
 def test_events_are_beside_the_metrics_wherever_that_logger_stands(first, make_trainer, tmp_path):
-    loggers = [CSVLogger(tmp_path, name="mine"), MemoryLogger()]
+    loggers = [CSVLogger(tmp_path, name="mine"), WandbLogger()]
     run = make_trainer(max_steps=1, callbacks=[GradientNormLogger(1)], logger=loggers if first else loggers[::-1])
     observer = run.callbacks[0]
     run.fit(TinyLM(), loader())

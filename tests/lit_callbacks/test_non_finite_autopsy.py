@@ -154,7 +154,7 @@ def test_the_guard_beside_it_skips_the_step_without_a_trace(make_trainer, tmp_pa
         assert {type(c): c for c in callbacks}[NonFiniteGuard].state_dict()["skipped_steps"] == 1
         assert_identical(poisoned, clean)
     written = [json.loads(line)["event"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    assert written == ["autopsy", "skip"] * 2, "whatever order they are passed in"
+    assert written == ["autopsy", "skip", "begin", "autopsy", "skip"], "whatever order they are passed in"
 
 
 def test_nothing_is_repeated_beyond_the_first_bad_micro_batch(make_trainer, tmp_path):

@@ -142,6 +142,11 @@ def test_two_ranks_do_what_one_process_does(strategy, single, text, tmp_path):
         assert "an epoch has 3 batches and an optimizer step takes 2" in refused["window"]
 
 
+@pytest.mark.parametrize("strategy", ["zero1", "zero3", "zero2_offload"])
+def test_so_do_the_other_stages_of_zero(strategy, single, text, tmp_path):
+    compare(strategy, [PLAIN], single, text, tmp_path)
+
+
 def test_without_deepspeed_a_run_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr("lightning.pytorch.strategies.deepspeed._DEEPSPEED_AVAILABLE", False)
     with pytest.raises(SystemExit) as stop:

@@ -35,7 +35,8 @@ def run_folder(trainer: Trainer) -> Path:
 def begin(trainer: Trainer) -> None:
     """Remember, at setup, that a run may begin in a folder with the events of another. All ranks together."""
     folder = run_folder(trainer)
-    if not trainer.global_step and (folder / FILENAME).is_file():
+    trial = trainer.fast_dev_run  # type: ignore[attr-defined]
+    if not trial and not trainer.global_step and (folder / FILENAME).is_file():
         _BEGINNING[folder] = ref(trainer)
 
 

@@ -116,9 +116,9 @@ class Dashboard(Member):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what lies ahead of where this fit begins, and introduce it to W&B."""
-        step = trainer.global_step
         if self._trainer is None:
             return
+        step = trainer.global_step
         self._cadence.start(step + 1)  # the first heat map is not of one step
         self._heard.cut(step)
         self._started = time.monotonic()

@@ -29,6 +29,12 @@ def test_a_run_in_the_folder_of_another_begins_anew(make_trainer, tmp_path):
     assert [event["where"] for event in without_undone(events(path))] == [[1]]
 
 
+def test_a_trial_of_one_batch_is_no_run(make_trainer, tmp_path):
+    (tmp_path / "events.jsonl").write_text('{"step": 1, "event": "alarm"}\n')
+    make_trainer(fast_dev_run=True, callbacks=[GradientNormLogger(1)]).fit(TinyLM(), loader())
+    assert [event["event"] for event in events(tmp_path / "events.jsonl")] == ["alarm"]
+
+
 def test_a_run_that_goes_on_does_not(make_trainer, tmp_path):
     path, options = tmp_path / "events.jsonl", {"enable_checkpointing": True}
     for steps, resumed in ((2, None), (4, "last")):
